@@ -1,0 +1,189 @@
+//! What the policy engine is asked to train on, and how. Plain numbers: no tensors, no tokens cross to a plugin.
+
+use serde::{Deserialize, Serialize};
+
+use crate::id::PolicyVersion;
+
+/// What a row's weights multiply.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stream {
+    /// Policy gradient: weights are advantages.
+    Rl,
+    /// Cross-entropy: weights are token weights (1 for plain SFT).
+    Ce,
+    /// KL to the reference: weights multiply the KL term.
+    RefKl,
+}
+
+/// One training row: consecutive tokens of one rollout. The lists other than `ids` have one entry per id; entry 0 is never
+/// trained (nothing predicts the first token).
+#[derive(Debug, Clone, PartialEq)]
+pub struct TrainingRow {
+    /// Which sequence (rollout) of the batch the row belongs to, from 0. Sequence-level normalisers and ratios are taken
+    /// over all rows of a sequence.
+    pub sequence: u32,
+    /// Token ids, prompt first.
+    pub ids: Vec<u32>,
+    /// Whether a token was sampled by the policy (or is trained on, for demonstrations). Everything else is context.
+    pub mask: Vec<bool>,
+    /// Advantage, token weight or KL weight of each token, by `stream`; 0 where `mask` is false.
+    pub weights: Vec<f32>,
+    /// Log-probability (nats) of each token under the policy that drew it (μ); 0 where `mask` is false.
+    pub behaviour_log_probs: Vec<f32>,
+    /// Log-probability (nats) under the trainer's weights at the start of the update (π_old); empty means: use
+    /// `behaviour_log_probs` (exact when versions are equal).
+    pub old_log_probs: Vec<f32>,
+    /// What the weights multiply.
+    pub stream: Stream,
+    /// Temperature at which the row was sampled; log-probs are of the softmax at this temperature. 1 for demonstrations.
+    pub temperature: f32,
+    /// The weights that drew it.
+    pub policy_version: PolicyVersion,
+}
+
+/// How the policy-gradient stream turns ratio and advantage into a loss (ALGORITHMS.md section 3).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PolicyLoss {
+    /// `-A log π`.
+    Reinforce,
+    /// PPO's clipped surrogate with separate lower and upper clip and optional dual clip.
+    Ppo {
+        /// ε_low, 0.2 by default.
+        clip_low: f32,
+        /// ε_high, 0.28 by default (clip-higher).
+        clip_high: f32,
+        /// Bound c > 1 on negative advantages; `None` switches it off.
+        dual_clip: Option<f32>,
+    },
+}
+
+/// How token losses become one number (ALGORITHMS.md section 6). All normalisers are taken over the whole batch of one
+/// `forward_backward`, before any split.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Aggregation {
+    /// Σ ℓ m / N.
+    TokenMean,
+    /// Mean over sequences of the mean over their tokens.
+    SequenceMeanTokenMean,
+    /// Mean over sequences of the sum over their tokens.
+    SequenceMeanTokenSum,
+    /// Σ ℓ m / (B · length): Dr.GRPO.
+    Constant {
+        /// The constant length, in tokens.
+        length: u32,
+    },
+}
+
+/// Estimator of the KL to the reference (ALGORITHMS.md section 5).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KlEstimator {
+    /// `log π − log π_ref`; right as a reward penalty only.
+    K1,
+    /// `½ (log π − log π_ref)²`.
+    K2,
+    /// `e^x − x − 1` with `x = log π_ref − log π`.
+    K3,
+    /// k3 times the ratio, with gradient (DeepSeek-V3.2).
+    UnbiasedK3,
+}
+
+/// KL term of the loss.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct KlTerm {
+    /// Which estimator.
+    pub estimator: KlEstimator,
+    /// β.
+    pub coefficient: f32,
+}
+
+/// Everything that one `forward_backward` needs to know beside its rows.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LossSpec {
+    /// Loss of the `Rl` stream.
+    pub policy_loss: PolicyLoss,
+    /// How token losses are added up.
+    pub aggregation: Aggregation,
+    /// KL to the frozen reference, added to the `Rl` stream's tokens; needs a reference.
+    pub kl: Option<KlTerm>,
+    /// c in `L −= c · mean H`.
+    pub entropy_coefficient: f32,
+    /// C of token-level truncated importance sampling between π_old and μ; `None` applies none.
+    pub importance_cap: Option<f32>,
+}
+
+impl Default for LossSpec {
+    /// ALGORITHMS.md section 0.
+    fn default() -> Self {
+        Self {
+            policy_loss: PolicyLoss::Ppo { clip_low: 0.2, clip_high: 0.28, dual_clip: None },
+            aggregation: Aggregation::TokenMean,
+            kl: None,
+            entropy_coefficient: 0.0,
+            importance_cap: None,
+        }
+    }
+}
+
+/// What one `forward_backward` found. Means are over trained tokens of the whole batch.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct ForwardBackwardReport {
+    /// The loss, as aggregated.
+    pub loss: f64,
+    /// Trained tokens.
+    pub trained_tokens: u64,
+    /// All tokens that went through the model, padding not counted.
+    pub total_tokens: u64,
+    /// Mean entropy (nats).
+    pub entropy: f64,
+    /// Share of tokens whose ratio was clipped.
+    pub clip_fraction: f64,
+    /// Mean k3 between π_old and π_θ.
+    pub approximate_kl: f64,
+    /// Mean KL to the reference; 0 without one.
+    pub reference_kl: f64,
+    /// Mean ratio.
+    pub ratio_mean: f64,
+    /// Largest ratio.
+    pub ratio_max: f64,
+    /// Mean of |log π_θ − log μ|: how far trainer and sampler disagree.
+    pub mismatch_mean: f64,
+    /// Largest |log π_θ − log μ|.
+    pub mismatch_max: f64,
+    /// Mean negative log-probability of trained tokens (nats).
+    pub cross_entropy: f64,
+}
+
+/// AdamW's step.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct OptimiserStep {
+    /// Step size.
+    pub learning_rate: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Global gradient norm above which gradients are scaled down; `None` does not clip.
+    pub gradient_norm_max: Option<f64>,
+}
+
+/// What one optimiser step did.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct OptimiserReport {
+    /// Global gradient norm before clipping.
+    pub gradient_norm: f64,
+    /// Whether the step was skipped because a gradient was not finite.
+    pub skipped: bool,
+    /// Version of the weights after the step.
+    pub policy_version: PolicyVersion,
+}
+
+/// Log-probabilities of a row's tokens under some weights; entry 0 and masked entries are 0.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RowLogProbs {
+    /// Log-probability (nats) per id.
+    pub log_probs: Vec<f32>,
+    /// Entropy (nats) per id.
+    pub entropies: Vec<f32>,
+}

@@ -1,0 +1,1 @@
+//! nasty-grader
