@@ -246,6 +246,9 @@ pub trait AlgorithmHost: Send + Sync {
     /// Freezes a copy of a model and returns its name.
     fn snapshot(&self, model: ModelReference) -> Verb<'_, String>;
 
+    /// Freezes a copy of the policy as the reference of the KL term, in place of an earlier one.
+    fn freeze_reference(&self) -> Verb<'_, ()>;
+
     /// Draws completions without an agent around them.
     fn sample(&self, model: ModelReference, messages: Vec<Message>, sampling: Sampling) -> Verb<'_, TransitionView>;
 

@@ -108,11 +108,11 @@ impl fmt::Display for AttemptKey {
 }
 
 /// OpenTelemetry trace id (16 bytes), one per attempt.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TraceId(pub u128);
 
 /// OpenTelemetry span id (8 bytes), never 0.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SpanId(pub u64);
 
 impl TraceId {
@@ -143,6 +143,31 @@ impl fmt::Display for SpanId {
         write!(f, "{:016x}", self.0)
     }
 }
+
+/// Numbers in records, hexadecimal text in JSON: that is how OpenTelemetry writes them, and JSON readers cannot be trusted
+/// with integers of 64 bits and more.
+macro_rules! hexadecimal_in_text {
+    ($id:ident, $number:ty) => {
+        impl Serialize for $id {
+            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                if serializer.is_human_readable() { serializer.collect_str(self) } else { self.0.serialize(serializer) }
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $id {
+            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                if !deserializer.is_human_readable() {
+                    return <$number>::deserialize(deserializer).map(Self);
+                }
+                let text = String::deserialize(deserializer)?;
+                <$number>::from_str_radix(&text, 16).map(Self).map_err(serde::de::Error::custom)
+            }
+        }
+    };
+}
+
+hexadecimal_in_text!(TraceId, u128);
+hexadecimal_in_text!(SpanId, u64);
 
 /// Names one completion that our engine, or an endpoint called by the host, has produced. Only calls with such an id are
 /// ever trained on.
@@ -234,6 +259,15 @@ mod tests {
         assert_eq!(id(3, 7), id(3, 7));
         assert!(id(3, 7) < id(3, 8) && id(3, 9999) < id(4, 0));
         assert_eq!(id(3, 7).as_str(), "grpo-00003-0007");
+    }
+
+    #[test]
+    fn trace_and_span_ids_are_hexadecimal_in_json() {
+        let ids = (TraceId(u128::MAX - 1), SpanId(10));
+        let text = serde_json::to_string(&ids).unwrap();
+        assert_eq!(text, r#"["fffffffffffffffffffffffffffffffe","000000000000000a"]"#);
+        assert_eq!(serde_json::from_str::<(TraceId, SpanId)>(&text).unwrap(), ids);
+        assert!(serde_json::to_value(ids).is_ok());
     }
 
     #[test]

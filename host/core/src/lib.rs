@@ -1,4 +1,4 @@
-//! The shared vocabulary of Fulgurite: ids, records, state machines, limits, configuration, attribute names and the
+//! The shared vocabulary of Fulgurite: ids, records, state machines, limits, attribute names and the
 //! traits that join the crates of the host.
 //!
 //! Pure by construction: no files, no clock, no runtime. Everything here can be tested without a machine around it,
