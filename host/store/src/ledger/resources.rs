@@ -1,0 +1,84 @@
+//! Versions of the published prompt templates.
+//!
+//! A version names the one it was published on top of, and holds a table of all templates with the versions that have
+//! their texts. So a run that is resumed from an older checkpoint goes on from that checkpoint's version, whatever had
+//! been published after it.
+
+use std::collections::BTreeMap;
+
+use fulgurite_core::id::ContentHash;
+use serde::{Deserialize, Serialize};
+
+use super::{Ledger, Stage, State};
+use crate::codec;
+use crate::error::{Result, StoreError};
+use crate::key_value::KeyValue;
+use crate::records::Template;
+
+/// One version of the resources: its own template, and where to find the others.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct ResourcesRecord {
+    after: u64,
+    name: String,
+    text: String,
+    /// Name of every template -> version that published it.
+    names: BTreeMap<String, u64>,
+}
+
+impl<D: KeyValue> Ledger<D> {
+    pub(crate) fn publish_template(&self, after: u64, name: &str, text: &str) -> Result<u64> {
+        let mut stage = Stage::new(self)?;
+        let mut names = if after == 0 { BTreeMap::new() } else { self.resources(&stage.state, after)?.names };
+        for version in after + 1..=stage.counters.resources_version {
+            let record = self.resources(&stage.state, version)?;
+            if record.after == after && record.name == name && record.text == text {
+                self.sync(stage.commit()?)?;
+                return Ok(version);
+            }
+        }
+        let version = stage.counters.resources_version + 1;
+        names.insert(name.to_owned(), version);
+        let record = ResourcesRecord { after, name: name.to_owned(), text: text.to_owned(), names };
+        codec::put(&mut stage.batch, codec::resources_key(version), &codec::encode(&record)?)?;
+        stage.counters.resources_version = version;
+        self.sync(stage.commit()?)?;
+        Ok(version)
+    }
+
+    fn resources(&self, state: &State, version: u64) -> Result<ResourcesRecord> {
+        if version == 0 || version > state.counters.resources_version {
+            return Err(StoreError::UnknownResources(version));
+        }
+        let key = codec::resources_key(version);
+        codec::get(&self.database, &key)?.ok_or_else(|| codec::corrupt(&key, "it is missing"))
+    }
+
+    fn published(&self, state: &State, version: u64) -> Result<Template> {
+        let record = self.resources(state, version)?;
+        let hash = ContentHash::of(record.text.as_bytes());
+        Ok(Template { name: record.name, version, text: record.text, hash })
+    }
+
+    pub(crate) fn template(&self, name: &str, version: Option<u64>) -> Result<Option<Template>> {
+        let state = self.lock();
+        let version = version.unwrap_or(state.counters.resources_version);
+        if version == 0 {
+            return Ok(None);
+        }
+        let names = self.resources(&state, version)?.names;
+        names.get(name).map(|published| self.published(&state, *published)).transpose()
+    }
+
+    pub(crate) fn templates(&self, version: u64) -> Result<Vec<Template>> {
+        if version == 0 {
+            return Ok(vec![]);
+        }
+        let state = self.lock();
+        let names = self.resources(&state, version)?.names;
+        names.values().map(|published| self.published(&state, *published)).collect()
+    }
+
+    pub(crate) fn resources_version(&self) -> u64 {
+        self.lock().counters.resources_version
+    }
+}

@@ -1,0 +1,266 @@
+//! What is on disk: every record comes back, none changes its format unnoticed, and damage is an error.
+
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test fails by panicking")]
+
+#[path = "support/samples.rs"]
+mod samples;
+
+use fulgurite_core::id::{AttemptNumber, ContentHash};
+use fulgurite_core::record::{AttemptRecord, RolloutRecord};
+use fulgurite_core::seed::{Generator, Seed};
+use fulgurite_core::span::Span;
+use fulgurite_core::state::{AttemptState, RolloutState};
+use fulgurite_store::{RolloutQuery, RolloutStore, SCHEMA_VERSION, SledStore, StoreError};
+use proptest::prelude::*;
+use samples::{body, key, outcome, reward, rollout_id, span, spans, spec};
+
+/// A span of every kind of body.
+fn all_spans() -> Vec<Span> {
+    let key = key(&rollout_id(0), 1);
+    (0..16).map(|number| Span { body: body(number, 10), ..span(&key, number) }).collect()
+}
+
+fn rollout_record() -> RolloutRecord {
+    RolloutRecord { spec: spec(1), state: RolloutState::Requeuing, attempt: Some(AttemptNumber(2)), ordinal: 7 }
+}
+
+fn attempt_record() -> AttemptRecord {
+    AttemptRecord {
+        key: key(&rollout_id(1), 2),
+        state: AttemptState::Timeout,
+        start_unix_ns: 1,
+        end_unix_ns: 2,
+        outcome: Some(outcome()),
+        rewards: vec![reward(-0.0)],
+        spans: 3,
+        guest_cpu_us: 4,
+    }
+}
+
+#[test]
+fn every_record_comes_back() {
+    let bytes = postcard::to_stdvec(&all_spans()).unwrap();
+    assert_eq!(postcard::from_bytes::<Vec<Span>>(&bytes).unwrap(), all_spans());
+    let bytes = postcard::to_stdvec(&rollout_record()).unwrap();
+    assert_eq!(postcard::from_bytes::<RolloutRecord>(&bytes).unwrap(), rollout_record());
+    let bytes = postcard::to_stdvec(&attempt_record()).unwrap();
+    assert_eq!(postcard::from_bytes::<AttemptRecord>(&bytes).unwrap(), attempt_record());
+}
+
+/// Postcard knows no field names: a record type that changes cannot read what was written before. If this test fails
+/// because a record of `fulgurite-core` was changed on purpose, raise `SCHEMA_VERSION` and then put the new hash here.
+#[test]
+fn record_formats_are_pinned() {
+    let bytes = postcard::to_stdvec(&(all_spans(), rollout_record(), attempt_record())).unwrap();
+    let pinned = (SCHEMA_VERSION, ContentHash::of(&bytes).to_string());
+    assert_eq!(pinned, (1, "23bffeae990e867eb32539199a56ff6da1ae677dbd1f12386520e9d1eeb4de80".to_owned()));
+}
+
+/// A store with one finished rollout of three attempts, and its directory.
+fn filled() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let store = SledStore::open(dir.path()).unwrap();
+    store.enqueue(vec![spec(0), spec(1)]).unwrap();
+    let key = store.begin_attempt(&rollout_id(0), 1).unwrap().key;
+    store.append_spans(&key, &spans(&key, 0, 60)).unwrap();
+    store.publish_template(0, "prompt", &"text".repeat(5_000)).unwrap();
+    dir
+}
+
+/// Changes values behind the store's back.
+fn tamper(dir: &std::path::Path, change: impl Fn(&[u8], &[u8]) -> Option<Vec<u8>>) -> usize {
+    let database = open_raw(dir);
+    let mut changed = 0;
+    for entry in database.iter() {
+        let (key, value) = entry.unwrap();
+        if let Some(value) = change(&key, &value) {
+            database.insert(key, value).unwrap();
+            changed += 1;
+        }
+    }
+    database.flush().unwrap();
+    changed
+}
+
+/// The store's threads may hold the file for a moment after it was closed; opening the store waits for that.
+fn open_raw(dir: &std::path::Path) -> sled::Db {
+    loop {
+        match sled::open(dir) {
+            Ok(database) => return database,
+            Err(sled::Error::Io(_)) => std::thread::yield_now(),
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+#[test]
+fn a_damaged_record_is_an_error_that_names_it() {
+    let dir = filled();
+    assert!(tamper(dir.path(), |key, value| (key[0] == b's').then(|| value[..value.len() - 1].to_vec())) > 0);
+    let store = SledStore::open(dir.path()).unwrap();
+    let error = store.spans(&key(&rollout_id(0), 1)).unwrap_err();
+    assert!(error.to_string().starts_with("the record `rollout #0 attempt 1 spans from 0` is damaged"), "{error}");
+    assert!(!error.is_retryable());
+    // The rest is still there.
+    assert_eq!(store.rollouts(&RolloutQuery::default()).unwrap().len(), 2);
+    assert_eq!(store.attempts(&rollout_id(0)).unwrap()[0].spans, 60);
+}
+
+#[test]
+fn every_kind_of_damage_is_an_error() {
+    type Change = fn(&[u8]) -> Vec<u8>;
+    let changes: [Change; 5] = [
+        |_| vec![],
+        |_| vec![9],
+        |_| vec![2, 0, 0, 0, 3],
+        |value| [value, &[0]].concat(),
+        |value| vec![value[0]; value.len()],
+    ];
+    for kind in *b"crst" {
+        for change in changes {
+            let dir = filled();
+            tamper(dir.path(), |key, value| (key[0] == kind).then(|| change(value)));
+            let read = || -> Result<(), StoreError> {
+                let store = SledStore::open(dir.path())?;
+                store.rollout(&rollout_id(0))?;
+                store.rollouts(&RolloutQuery::default())?;
+                store.attempts(&rollout_id(0))?;
+                store.spans(&key(&rollout_id(0), 1))?;
+                store.template("prompt", Some(1))?;
+                Ok(())
+            };
+            let error = read().unwrap_err();
+            assert!(matches!(error, StoreError::Corrupt { .. }), "{}: {error}", char::from(kind));
+        }
+    }
+}
+
+#[test]
+fn a_missing_fragment_is_an_error() {
+    let dir = filled();
+    let database = open_raw(dir.path());
+    let fragment = database.scan_prefix(b"t").keys().map(Result::unwrap).find(|key| key.len() > 9).unwrap();
+    database.remove(fragment).unwrap();
+    database.flush().unwrap();
+    drop(database);
+    let store = SledStore::open(dir.path()).unwrap();
+    let error = store.template("prompt", Some(1)).unwrap_err();
+    assert_eq!(error.to_string(), "the record `resources version 1` is damaged: fragment 1 of 5 is missing");
+}
+
+#[test]
+fn another_schema_is_refused() {
+    let dir = filled();
+    tamper(dir.path(), |key, _| (key == b"m").then(|| 9_u32.to_be_bytes().to_vec()));
+    let error = SledStore::open(dir.path()).err().unwrap();
+    let expected = format!("the store in {} has schema 9, and this version reads schema 1", dir.path().display());
+    assert_eq!(error.to_string(), expected);
+}
+
+#[test]
+fn a_foreign_database_is_refused_and_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let database = sled::open(dir.path()).unwrap();
+    database.insert("key", "value").unwrap();
+    drop(database);
+    let error = SledStore::open(dir.path()).err().unwrap();
+    assert!(matches!(error, StoreError::NotAStore { .. }), "{error}");
+    assert_eq!(open_raw(dir.path()).len(), 1);
+}
+
+#[test]
+fn a_store_is_open_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = SledStore::open(dir.path()).unwrap();
+    let error = SledStore::open(dir.path()).err().unwrap();
+    assert_eq!(error.to_string(), format!("the store in {} is in use by another process", dir.path().display()));
+    assert!(error.is_retryable());
+    drop(store);
+    SledStore::open(dir.path()).unwrap();
+}
+
+#[test]
+fn a_path_that_is_no_directory_is_an_error() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let error = SledStore::open(file.path()).err().unwrap();
+    assert!(matches!(error, StoreError::Io { action: "create", .. }), "{error}");
+}
+
+#[test]
+fn values_stay_small_enough_for_one_file() {
+    let dir = filled();
+    let store = SledStore::open(dir.path()).unwrap();
+    let second = store.begin_attempt(&rollout_id(1), 1).unwrap().key;
+    // Blocks of every size, next to each other.
+    for from in 0..400 {
+        store.append_spans(&second, &spans(&second, from * 3, 3)).unwrap();
+    }
+    drop(store);
+    let blobs = std::fs::read_dir(dir.path().join("blobs")).unwrap().count();
+    assert_eq!(blobs, 0, "sled's flush does not cover files of their own");
+}
+
+#[test]
+fn damage_to_the_file_never_loses_anything_silently() {
+    let mut generator = Generator::new(Seed::new(5));
+    let mut refused = 0;
+    for _ in 0..60 {
+        let dir = filled();
+        let file = dir.path().join("db");
+        let mut bytes = std::fs::read(&file).unwrap();
+        let used = bytes.iter().rposition(|byte| *byte != 0).unwrap();
+        for _ in 0..=generator.below(8) {
+            let place = generator.below(used);
+            bytes[place] = generator.below(256).try_into().unwrap();
+        }
+        std::fs::write(&file, bytes).unwrap();
+        let read = || -> Result<(usize, usize, bool), StoreError> {
+            let store = SledStore::open(dir.path())?;
+            let rollouts = store.rollouts(&RolloutQuery::default())?.len();
+            let key = key(&rollout_id(0), 1);
+            Ok((rollouts, store.spans(&key)?.len(), store.template("prompt", Some(1))?.is_some()))
+        };
+        match read() {
+            Ok(found) => assert_eq!(found, (2, 60, true)),
+            Err(StoreError::Damaged { .. } | StoreError::Corrupt { .. }) => refused += 1,
+            Err(other) => panic!("{other}"),
+        }
+    }
+    assert!(refused > 40, "{refused}");
+}
+
+#[test]
+fn a_store_that_lost_its_database_is_not_taken_for_a_new_one() {
+    let dir = filled();
+    std::fs::remove_file(dir.path().join("db")).unwrap();
+    for entry in std::fs::read_dir(dir.path()).unwrap() {
+        let path = entry.unwrap().path();
+        if path.file_name().unwrap().to_string_lossy().starts_with("snap") {
+            std::fs::remove_file(path).unwrap();
+        }
+    }
+    for _ in 0..2 {
+        let error = SledStore::open(dir.path()).err().unwrap();
+        let expected =
+            format!("the store in {} is damaged: only 0 of 3 acknowledged commits are left", dir.path().display());
+        assert_eq!(error.to_string(), expected);
+    }
+    std::fs::write(dir.path().join("acknowledged"), [7; 16]).unwrap();
+    let error = SledStore::open(dir.path()).err().unwrap();
+    assert!(error.to_string().ends_with("its file `acknowledged` is unreadable"), "{error}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Whatever the bytes are, reading them ends, and with an error or with spans.
+    #[test]
+    fn random_damage_to_spans_never_panics(cut in any::<prop::sample::Index>(), at in any::<prop::sample::Index>(), byte in any::<u8>()) {
+        let mut bytes = postcard::to_stdvec(&all_spans()).unwrap();
+        let place = at.index(bytes.len());
+        bytes[place] = byte;
+        let _ = postcard::from_bytes::<Vec<Span>>(&bytes);
+        bytes.truncate(cut.index(bytes.len()));
+        prop_assert!(postcard::from_bytes::<Vec<Span>>(&bytes).is_err());
+    }
+}
