@@ -1,0 +1,414 @@
+//! Training verbs.
+
+use super::trajectories::{Message, Transition, TransitionId};
+use super::{HostError, Sampling};
+use crate::wit::algorithm::fulgurite::algorithm::common as wit_common;
+use crate::wit::algorithm::fulgurite::algorithm::policy as wit;
+
+/// A model that verbs name.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub enum Model {
+    /// The policy that is being trained.
+    #[default]
+    Policy,
+    /// A frozen copy, by the name that [`snapshot`] returned.
+    Snapshot(String),
+    /// A model that the run's config names: critic, teacher, adapter of an agent role.
+    Named(String),
+}
+
+impl Model {
+    fn lower(&self) -> wit_common::Model {
+        match self {
+            Self::Policy => wit_common::Model::Policy,
+            Self::Snapshot(name) => wit_common::Model::Snapshot(name.clone()),
+            Self::Named(name) => wit_common::Model::Named(name.clone()),
+        }
+    }
+}
+
+/// What the weights of an entry multiply.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Stream {
+    /// Policy gradient: weights are advantages.
+    Rl,
+    /// Cross-entropy: weights are token weights.
+    Ce,
+    /// KL to the reference.
+    RefKl,
+}
+
+/// Which tokens of a transition.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Scope {
+    /// Those that the policy drew.
+    Sampled,
+    /// Those that it saw for the first time in this call.
+    Observed,
+}
+
+/// Weights of an entry.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Weights {
+    /// The same for every token.
+    Scalar(f32),
+    /// One per token of the scope.
+    PerToken(Vec<f32>),
+}
+
+/// One entry of an optimiser batch.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Entry {
+    transition: TransitionId,
+    stream: Stream,
+    scope: Scope,
+    weights: Weights,
+    group: Option<u64>,
+}
+
+impl Entry {
+    /// Trains a transition's sampled tokens with one weight.
+    #[must_use]
+    pub const fn new(transition: TransitionId, stream: Stream, weight: f32) -> Self {
+        Self { transition, stream, scope: Scope::Sampled, weights: Weights::Scalar(weight), group: None }
+    }
+
+    /// Trains other tokens.
+    #[must_use]
+    pub const fn scope(mut self, scope: Scope) -> Self {
+        self.scope = scope;
+        self
+    }
+
+    /// One weight per token of the scope.
+    #[must_use]
+    pub fn weights(mut self, weights: Vec<f32>) -> Self {
+        self.weights = Weights::PerToken(weights);
+        self
+    }
+
+    /// Joins entries for losses over several of them.
+    #[must_use]
+    pub const fn group(mut self, group: u64) -> Self {
+        self.group = Some(group);
+        self
+    }
+
+    fn lower(&self) -> wit::Entry {
+        wit::Entry {
+            transition_id: self.transition.0.clone(),
+            stream: match self.stream {
+                Stream::Rl => wit::Stream::Rl,
+                Stream::Ce => wit::Stream::Ce,
+                Stream::RefKl => wit::Stream::RefKl,
+            },
+            scope: match self.scope {
+                Scope::Sampled => wit::Scope::Sampled,
+                Scope::Observed => wit::Scope::Observed,
+            },
+            weights: match &self.weights {
+                Weights::Scalar(weight) => wit::Weights::Scalar(*weight),
+                Weights::PerToken(weights) => wit::Weights::PerToken(weights.clone()),
+            },
+            group: self.group,
+        }
+    }
+}
+
+/// How token losses become one number. Normalisers are taken over the whole batch.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Aggregation {
+    /// Sum over all tokens, divided by their number.
+    #[default]
+    TokenMean,
+    /// Mean over rollouts of the mean over their tokens.
+    SequenceMeanTokenMean,
+    /// Mean over rollouts of the sum over their tokens.
+    SequenceMeanTokenSum,
+    /// Sum over all tokens, divided by the number of rollouts times this length (tokens).
+    Constant(u32),
+}
+
+/// Estimator of the KL divergence to the reference.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KlEstimator {
+    /// `log π − log π_ref`: right in a reward, not in a loss.
+    K1,
+    /// Half the square of k1.
+    K2,
+    /// `e^x − x − 1` with `x = log π_ref − log π`.
+    K3,
+    /// k3 times the ratio, with gradient.
+    UnbiasedK3,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum PolicyLoss {
+    Reinforce,
+    Ppo { clip_low: f32, clip_high: f32, dual_clip: Option<f32> },
+}
+
+/// A loss. What is not set is the host's default: PPO clip 0.2 / 0.28, token mean, no KL, no entropy term, no importance
+/// correction.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Loss {
+    objective: Option<PolicyLoss>,
+    aggregation: Option<Aggregation>,
+    kl: Option<(KlEstimator, f32)>,
+    entropy_coefficient: Option<f32>,
+    importance_cap: Option<f32>,
+}
+
+impl Loss {
+    /// The host's default.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// `-A log π`, without ratio.
+    #[must_use]
+    pub const fn reinforce(mut self) -> Self {
+        self.objective = Some(PolicyLoss::Reinforce);
+        self
+    }
+
+    /// PPO's clipped surrogate: the ratio is kept in `[1 − clip_low, 1 + clip_high]`; `dual_clip` > 1 bounds the loss on
+    /// negative advantages.
+    #[must_use]
+    pub const fn ppo(mut self, clip_low: f32, clip_high: f32, dual_clip: Option<f32>) -> Self {
+        self.objective = Some(PolicyLoss::Ppo { clip_low, clip_high, dual_clip });
+        self
+    }
+
+    /// How token losses are added up.
+    #[must_use]
+    pub const fn aggregation(mut self, aggregation: Aggregation) -> Self {
+        self.aggregation = Some(aggregation);
+        self
+    }
+
+    /// Adds `coefficient` times the KL to the reference: see [`freeze_reference`].
+    #[must_use]
+    pub const fn kl(mut self, estimator: KlEstimator, coefficient: f32) -> Self {
+        self.kl = Some((estimator, coefficient));
+        self
+    }
+
+    /// Subtracts `coefficient` times the mean entropy (nats).
+    #[must_use]
+    pub const fn entropy_coefficient(mut self, coefficient: f32) -> Self {
+        self.entropy_coefficient = Some(coefficient);
+        self
+    }
+
+    /// Truncated importance sampling between trainer and sampler, per token, with this cap.
+    #[must_use]
+    pub const fn importance_cap(mut self, cap: f32) -> Self {
+        self.importance_cap = Some(cap);
+        self
+    }
+
+    fn lower(&self) -> wit::Loss {
+        let loss = wit::Loss::new();
+        match self.objective {
+            Some(PolicyLoss::Reinforce) => loss.set_reinforce(),
+            Some(PolicyLoss::Ppo { clip_low, clip_high, dual_clip }) => loss.set_ppo(clip_low, clip_high, dual_clip),
+            None => {}
+        }
+        if let Some(aggregation) = self.aggregation {
+            loss.set_aggregation(match aggregation {
+                Aggregation::TokenMean => wit::Aggregation::TokenMean,
+                Aggregation::SequenceMeanTokenMean => wit::Aggregation::SequenceMeanTokenMean,
+                Aggregation::SequenceMeanTokenSum => wit::Aggregation::SequenceMeanTokenSum,
+                Aggregation::Constant(length) => wit::Aggregation::Constant(length),
+            });
+        }
+        if let Some((estimator, coefficient)) = self.kl {
+            let estimator = match estimator {
+                KlEstimator::K1 => wit::KlEstimator::K1,
+                KlEstimator::K2 => wit::KlEstimator::K2,
+                KlEstimator::K3 => wit::KlEstimator::K3,
+                KlEstimator::UnbiasedK3 => wit::KlEstimator::UnbiasedK3,
+            };
+            loss.set_kl(estimator, coefficient);
+        }
+        self.entropy_coefficient.into_iter().for_each(|value| loss.set_entropy_coefficient(value));
+        self.importance_cap.into_iter().for_each(|cap| loss.set_importance_cap(cap));
+        loss
+    }
+}
+
+/// What a verb found, by name: a later host may tell more.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Numbers(Vec<(String, f64)>);
+
+impl Numbers {
+    /// The number of a name; none when this host does not tell it.
+    #[must_use]
+    pub fn get(&self, name: &str) -> Option<f64> {
+        self.0.iter().find(|(known, _)| known == name).map(|(_, value)| *value)
+    }
+
+    /// All of them, in the host's order.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, f64)> {
+        self.0.iter().map(|(name, value)| (name.as_str(), *value))
+    }
+}
+
+/// Adds the gradient of one whole optimiser batch. The host splits it as it must; normalisers are global.
+///
+/// Numbers: `loss`, `trained-tokens`, `total-tokens`, `entropy`, `clip-fraction`, `approximate-kl`, `reference-kl`,
+/// `ratio-mean`, `ratio-max`, `mismatch-mean`, `mismatch-max`, `cross-entropy`.
+///
+/// # Errors
+/// When a transition is unknown or cannot be trained on, or the loss is wrong.
+pub fn forward_backward(model: &Model, batch: &[Entry], loss: &Loss) -> Result<Numbers, HostError> {
+    let batch: Vec<_> = batch.iter().map(Entry::lower).collect();
+    Ok(Numbers(wit::forward_backward(&model.lower(), &batch, &loss.lower())?))
+}
+
+/// Log-probs of one transition's sampled tokens.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Forward {
+    /// Which transition.
+    pub transition: TransitionId,
+    /// One per sampled token (nats).
+    pub log_probs: Vec<f32>,
+    /// One per sampled token (nats).
+    pub entropies: Vec<f32>,
+    /// One per sampled token; empty without a critic.
+    pub values: Vec<f32>,
+}
+
+/// Log-probs, entropies and values, without gradient.
+///
+/// # Errors
+/// When a transition is unknown.
+pub fn forward(model: &Model, transitions: &[TransitionId]) -> Result<Vec<Forward>, HostError> {
+    let ids: Vec<String> = transitions.iter().map(|id| id.0.clone()).collect();
+    let results = wit::forward(&model.lower(), &ids)?.into_iter();
+    Ok(results
+        .map(|result| Forward {
+            transition: TransitionId(result.transition_id),
+            log_probs: result.log_probs,
+            entropies: result.entropies,
+            values: result.values,
+        })
+        .collect())
+}
+
+/// Derivatives of the plugin's own loss, as long as the lists of [`Forward`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct Gradient {
+    /// Which transition.
+    pub transition: TransitionId,
+    /// d loss / d log-prob.
+    pub d_log_probs: Vec<f32>,
+    /// d loss / d value; empty without a critic.
+    pub d_values: Vec<f32>,
+}
+
+/// Adds a gradient that the plugin computed.
+///
+/// # Errors
+/// When a transition is unknown or a list has the wrong length.
+pub fn backward(model: &Model, gradients: &[Gradient]) -> Result<(), HostError> {
+    let gradients: Vec<_> = gradients
+        .iter()
+        .map(|gradient| wit::Gradient {
+            transition_id: gradient.transition.0.clone(),
+            d_log_probs: gradient.d_log_probs.clone(),
+            d_values: gradient.d_values.clone(),
+        })
+        .collect();
+    Ok(wit::backward(&model.lower(), &gradients)?)
+}
+
+/// An `AdamW` step: betas 0.9 / 0.95, epsilon 1e-8.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct OptimiserStep {
+    /// Step size.
+    pub learning_rate: f64,
+    /// Decoupled weight decay; 0 is none.
+    pub weight_decay: f64,
+    /// Global gradient norm above which gradients are scaled down; none does not clip.
+    pub gradient_norm_max: Option<f64>,
+}
+
+impl OptimiserStep {
+    /// No decay; the gradient's norm is clipped at 1.
+    #[must_use]
+    pub const fn new(learning_rate: f64) -> Self {
+        Self { learning_rate, weight_decay: 0.0, gradient_norm_max: Some(1.0) }
+    }
+
+    /// Scales the step size of the first `warm_up_steps` steps up linearly; `step` counts from 0.
+    ///
+    /// ```
+    /// use fulgurite_sdk::algorithm::policy::OptimiserStep;
+    ///
+    /// let rates = [0, 1, 2, 3].map(|step| OptimiserStep::new(0.3).warm_up(step, 3).learning_rate);
+    /// assert!(rates.iter().zip([0.1, 0.2, 0.3, 0.3]).all(|(rate, expected)| (rate - expected).abs() < 1e-12));
+    /// ```
+    #[must_use]
+    pub fn warm_up(mut self, step: u64, warm_up_steps: u64) -> Self {
+        if step < warm_up_steps {
+            self.learning_rate *= (step + 1) as f64 / warm_up_steps as f64;
+        }
+        self
+    }
+}
+
+/// Applies the gathered gradient and publishes new weights. Numbers: `gradient-norm`, `skipped` (1 when a gradient was not
+/// finite), `policy-version`.
+///
+/// # Errors
+/// When nothing was gathered or a value is wrong.
+pub fn optimiser_step(model: &Model, step: &OptimiserStep) -> Result<Numbers, HostError> {
+    let lowered = wit::OptimiserStep::new(step.learning_rate);
+    lowered.set_weight_decay(step.weight_decay);
+    lowered.set_gradient_norm_max(step.gradient_norm_max);
+    Ok(Numbers(wit::optim_step(&model.lower(), &lowered)?))
+}
+
+/// Freezes a copy. It belongs to the stage and is a part of its checkpoints.
+///
+/// # Errors
+/// When the model is unknown.
+pub fn snapshot(model: &Model) -> Result<Model, HostError> {
+    Ok(Model::Snapshot(wit::snapshot(&model.lower())?))
+}
+
+/// Makes the current policy the reference of [`Loss::kl`].
+///
+/// # Errors
+/// When the host cannot.
+pub fn freeze_reference() -> Result<(), HostError> {
+    Ok(wit::freeze_reference()?)
+}
+
+/// Draws one completion without an agent around it.
+///
+/// # Errors
+/// When the model is unknown or the messages do not fit its context.
+pub fn sample(model: &Model, messages: &[Message], sampling: &Sampling) -> Result<Transition, HostError> {
+    let messages: Vec<_> = messages.iter().cloned().map(Into::into).collect();
+    Ok(Transition::new(wit::sample(&model.lower(), &messages, &sampling.lower())?))
+}
+
+/// Writes a model into the run's folder under a name.
+///
+/// # Errors
+/// When the name is wrong or the host cannot write.
+pub fn save(model: &Model, name: &str) -> Result<(), HostError> {
+    Ok(wit::save(&model.lower(), name)?)
+}
+
+/// Loads what [`save`] wrote.
+///
+/// # Errors
+/// When there is nothing of that name.
+pub fn load(model: &Model, name: &str) -> Result<(), HostError> {
+    Ok(wit::load(&model.lower(), name)?)
+}
