@@ -1,0 +1,283 @@
+//! Running an agent: a fresh store per attempt.
+
+use std::collections::BTreeSet;
+use std::future::poll_fn;
+use std::path::Path;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use fulgurite_core::id::{AttemptKey, ContentHash};
+use fulgurite_core::limits::Limits;
+use fulgurite_core::llm::{LlmError, LlmSession};
+use fulgurite_core::outcome::{AttemptOutcome, LimitReached, OutcomeKind};
+use fulgurite_core::record::RolloutMode;
+use fulgurite_core::seed::Seed;
+use fulgurite_core::tool::ToolHost;
+use wasmtime::component::{Resource, ResourceTable};
+
+use crate::agent_llm::{PendingLlm, is_json};
+use crate::agent_tools::PendingTool;
+use crate::bindings::agent::{AgentError, AgentPre};
+use crate::engine::Sandbox;
+use crate::fault::During;
+use crate::guest::{self, GuestSetup, GuestState};
+use crate::meter::Meter;
+use crate::output::{GuestOutput, LineSink};
+use crate::plugin::{PluginError, PluginWorld, incompatible};
+use crate::recorder::{GuestLog, Recorder};
+use crate::templates::Templates;
+
+/// An agent's component, compiled.
+pub struct AgentPlugin {
+    sandbox: Sandbox,
+    pre: AgentPre<AgentState>,
+    hash: ContentHash,
+}
+
+impl std::fmt::Debug for AgentPlugin {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("AgentPlugin").field("hash", &self.hash).finish_non_exhaustive()
+    }
+}
+
+/// One attempt of an agent.
+pub struct AgentRun {
+    /// Which one.
+    pub key: AttemptKey,
+    /// The attempt's seed: the guest's random numbers follow from it.
+    pub seed: Seed,
+    /// What the rollout is for.
+    pub mode: RolloutMode,
+    /// The item's input, JSON text. All that an agent ever sees of an item.
+    pub input: String,
+    /// Limits of the attempt.
+    pub limits: Limits,
+    /// The attempt's session with the model; dropped when the attempt ends.
+    pub llm: Arc<dyn LlmSession>,
+    /// The attempt's tools.
+    pub tools: Option<Arc<dyn ToolHost>>,
+    /// Prompt templates, pinned.
+    pub templates: Arc<Templates>,
+    /// Where spans go; its clock is the guest's.
+    pub recorder: Arc<Recorder>,
+    /// Start of the guest's clock, nanoseconds since the Unix epoch: the same as the recorder's.
+    pub start_unix_ns: u64,
+}
+
+/// How an attempt of an agent ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AgentReport {
+    /// What happened.
+    pub outcome: AttemptOutcome,
+    /// Guest time outside host calls, in microseconds; tools not included.
+    pub guest_cpu_us: u64,
+}
+
+/// The data of an agent's store.
+pub(crate) type AgentState = GuestState<AgentHost>;
+
+/// What the host functions of an agent work on. It holds nothing of the item but what the agent itself was given.
+pub(crate) struct AgentHost {
+    pub(crate) mode: RolloutMode,
+    pub(crate) seed: Seed,
+    pub(crate) limits: Limits,
+    pub(crate) llm: Arc<dyn LlmSession>,
+    pub(crate) tools: Option<Arc<dyn ToolHost>>,
+    pub(crate) templates: Arc<Templates>,
+    pub(crate) log: Arc<GuestLog>,
+    pub(crate) llm_calls: u64,
+    pub(crate) tool_calls: u64,
+    pub(crate) completion_tokens: u64,
+    /// Bytes of all requests in the making.
+    pub(crate) request_bytes: u64,
+    pub(crate) last_failure: Option<LastFailure>,
+    /// Table entries of calls under way.
+    pub(crate) pending_llm: BTreeSet<u32>,
+    pub(crate) pending_tools: BTreeSet<u32>,
+}
+
+/// The last call that failed: what an agent that gives up is judged by.
+#[derive(Debug, Clone)]
+pub(crate) enum LastFailure {
+    Llm(LlmError),
+    ToolCalls(LimitReached),
+}
+
+impl AgentState {
+    /// Waits outside the guest: costs it no CPU time and moves its clock. All calls under way go on meanwhile, whichever
+    /// of them the guest waits for.
+    pub(crate) async fn wait<T>(
+        &mut self,
+        mut ready: impl FnMut(&mut ResourceTable, &mut Context<'_>) -> Poll<T>,
+    ) -> T {
+        let began = Instant::now();
+        let Self { table, host, meter, clock, .. } = self;
+        let result = meter
+            .host(poll_fn(|context| {
+                let poll = ready(table, context);
+                if poll.is_pending() {
+                    for call in &host.pending_llm {
+                        if let Ok(pending) = table.get_mut(&Resource::<PendingLlm>::new_borrow(*call)) {
+                            let _ = pending.poll(context);
+                        }
+                    }
+                    for call in &host.pending_tools {
+                        if let Ok(pending) = table.get_mut(&Resource::<PendingTool>::new_borrow(*call)) {
+                            let _ = pending.poll(context);
+                        }
+                    }
+                }
+                poll
+            }))
+            .await;
+        clock.advance(u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX));
+        result
+    }
+}
+
+impl Sandbox {
+    /// Loads an agent.
+    ///
+    /// # Errors
+    /// When the file is missing, is not a component, implements another world, was built against another version of our
+    /// interfaces, or asks for what is not offered.
+    pub fn load_agent(&self, path: &Path) -> Result<Arc<AgentPlugin>, PluginError> {
+        let artifact = self.load(path, PluginWorld::Agent)?;
+        let pre = self.inner.agents.instantiate_pre(&artifact.component).and_then(AgentPre::new);
+        let pre = pre.map_err(|error| incompatible(path, PluginWorld::Agent, &error))?;
+        Ok(Arc::new(AgentPlugin { sandbox: self.clone(), pre, hash: artifact.hash }))
+    }
+}
+
+impl AgentPlugin {
+    /// Content hash of the component.
+    #[must_use]
+    pub fn hash(&self) -> ContentHash {
+        self.hash
+    }
+
+    /// Runs one attempt. Must be called inside a tokio runtime with its timer on.
+    ///
+    /// Dropping the future drops the guest's store: that is how an attempt is cancelled. A guest in a loop is stopped at
+    /// its next yield, at most a few milliseconds later.
+    pub async fn run(&self, run: AgentRun) -> AgentReport {
+        let meter = Arc::new(Meter::new("guest_cpu_ms_max", run.limits.guest_cpu_ms_max));
+        let wall_ms = run.limits.attempt_wall_ms_max;
+        let ended = tokio::time::timeout(Duration::from_millis(wall_ms), self.attempt(run, Arc::clone(&meter))).await;
+        let outcome =
+            ended.unwrap_or_else(|_| AttemptOutcome::limited(OutcomeKind::WallTimeout, "attempt_wall_ms_max", wall_ms));
+        AgentReport { outcome, guest_cpu_us: meter.used_us() }
+    }
+
+    async fn attempt(&self, run: AgentRun, meter: Arc<Meter>) -> AttemptOutcome {
+        if run.key != *run.recorder.key() || run.start_unix_ns != run.recorder.clock().start_unix_ns() {
+            let detail = format!("the recorder of {} was given to {}", run.recorder.key(), run.key);
+            return AttemptOutcome::failed(OutcomeKind::HostFault, detail);
+        }
+        let limits = run.limits.clone();
+        let log = Arc::new(GuestLog::new(Arc::clone(&run.recorder), &limits));
+        let output = GuestOutput::new(limits.output_bytes_max, Some(Arc::clone(&log) as Arc<dyn LineSink>));
+        let setup = GuestSetup {
+            limits: &limits,
+            seed: run.seed,
+            clock: Arc::clone(run.recorder.clock()),
+            meter: Arc::clone(&meter),
+            output: Arc::clone(&output),
+            bounds: guest::attempt_bounds(&limits),
+        };
+        let host = AgentHost {
+            mode: run.mode,
+            seed: run.seed,
+            limits: run.limits,
+            llm: run.llm,
+            tools: run.tools,
+            templates: run.templates,
+            log,
+            llm_calls: 0,
+            tool_calls: 0,
+            completion_tokens: 0,
+            request_bytes: 0,
+            last_failure: None,
+            pending_llm: BTreeSet::new(),
+            pending_tools: BTreeSet::new(),
+        };
+        let mut store = guest::store(&self.sandbox.inner.engine, setup, host);
+        let ended = meter
+            .guest(async {
+                let agent =
+                    self.pre.instantiate_async(&mut store).await.map_err(|error| (During::Instantiation, error))?;
+                agent.call_run(&mut store, &run.input).await.map_err(|error| (During::Call, error))
+            })
+            .await;
+        match ended {
+            Ok(result) => {
+                let mut outcome = match result {
+                    Ok(text) if is_json(&text) => AttemptOutcome::completed(text),
+                    Ok(_) => AttemptOutcome::failed(OutcomeKind::AgentError, "the agent's outcome is not JSON text"),
+                    Err(error) => blame(error, store.data().host.last_failure.as_ref()),
+                };
+                // Also closes what the guest left open, before the caller records anything more.
+                drop(store);
+                if let Err(stop) = output.flush() {
+                    outcome = stop.0;
+                }
+                outcome
+            }
+            Err((during, error)) => {
+                drop(store);
+                guest::fault(&error, during, guest::attempt_bounds(&limits), &output)
+            }
+        }
+    }
+}
+
+/// The outcome of an agent that gave up.
+fn blame(error: AgentError, last_failure: Option<&LastFailure>) -> AttemptOutcome {
+    let failed = AttemptOutcome::failed;
+    match (error, last_failure) {
+        (AgentError::MalformedAnswer(text), _) => failed(OutcomeKind::MalformedAnswer, text),
+        (AgentError::InvalidInput(text), _) => failed(OutcomeKind::AgentError, format!("invalid input: {text}")),
+        (AgentError::Llm(text), Some(LastFailure::Llm(failure))) => {
+            let detail = if text.is_empty() { failure.to_string() } else { format!("{text}: {failure}") };
+            match failure {
+                LlmError::ContextLengthExceeded { .. } => failed(OutcomeKind::ContextLimit, detail),
+                LlmError::LimitReached { name, value } => {
+                    let tokens = name == "completion_tokens_max";
+                    let kind = if tokens { OutcomeKind::TokenLimit } else { OutcomeKind::TurnLimit };
+                    let limit = LimitReached { name: name.clone(), value: *value };
+                    AttemptOutcome { limit: Some(limit), ..failed(kind, detail) }
+                }
+                LlmError::Unavailable(_) => failed(OutcomeKind::LlmUnavailable, detail),
+                LlmError::InvalidRequest(_) | LlmError::UnknownEndpoint(_) | LlmError::Unsupported(_) => {
+                    failed(OutcomeKind::AgentError, detail)
+                }
+            }
+        }
+        // The policy asked for one tool call too many: turns that it used up, like those of the model.
+        (AgentError::Llm(text) | AgentError::Other(text), Some(LastFailure::ToolCalls(limit))) => {
+            AttemptOutcome { limit: Some(limit.clone()), ..failed(OutcomeKind::TurnLimit, text) }
+        }
+        (AgentError::Llm(text) | AgentError::Other(text), _) => failed(OutcomeKind::AgentError, text),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn giving_up_is_blamed_by_the_call_that_failed() {
+        let kind = |failure: Option<LlmError>| {
+            blame(AgentError::Llm("gave up".to_owned()), failure.map(LastFailure::Llm).as_ref()).kind
+        };
+        let limit = |name: &str| Some(LlmError::LimitReached { name: name.to_owned(), value: 1 });
+        assert_eq!(kind(None), OutcomeKind::AgentError);
+        assert_eq!(kind(limit("llm_calls_max")), OutcomeKind::TurnLimit);
+        assert_eq!(kind(limit("completion_tokens_max")), OutcomeKind::TokenLimit);
+        assert_eq!(kind(Some(LlmError::Unavailable(String::new()))), OutcomeKind::LlmUnavailable);
+        assert_eq!(kind(Some(LlmError::InvalidRequest(String::new()))), OutcomeKind::AgentError);
+        let full = LlmError::ContextLengthExceeded { prompt_tokens: 9, context_tokens_max: 8 };
+        assert_eq!(kind(Some(full)), OutcomeKind::ContextLimit);
+    }
+}

@@ -1,0 +1,556 @@
+//! `fulgurite:agent/llm`: calls of language models.
+//!
+//! A started call is a future that the host keeps in the guest's resource table. It is polled once when it starts, so that
+//! the model gets its request in the order of the calls, and from then on whenever the guest waits. A call that is dropped,
+//! by the guest or with its store, is recorded as cancelled: nothing that was asked goes unrecorded.
+#![expect(unreachable_pub, reason = "the generated bindings re-export the resources' types, which pub(crate) forbids")]
+
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use fulgurite_core::llm::{ChatRequest, Completion, Constraint, LlmError, Message, Role, Sampling};
+use fulgurite_core::outcome::OutcomeKind;
+use fulgurite_core::span::SpanBody;
+use futures::future::BoxFuture;
+use wasmtime::component::Resource;
+
+use crate::agent::{AgentState, LastFailure};
+use crate::bindings::agent::fulgurite::agent::llm;
+use crate::bindings::agent::fulgurite::types::types;
+use crate::convert;
+use crate::fault::Stop;
+use crate::recorder::{Begun, GuestLog, refused};
+
+const INTERFACE: &str = "fulgurite:agent/llm@0.1.0";
+
+/// A request in the making.
+pub struct RequestDraft {
+    request: ChatRequest,
+    bytes: u64,
+}
+
+/// A completion that the guest holds.
+pub struct FinishedCall(Arc<Completion>);
+
+/// What must be written down about a call whatever becomes of it.
+struct Ticket {
+    log: Arc<GuestLog>,
+    begun: Begun,
+    call_index: u64,
+    /// Taken when the call is recorded.
+    request: Option<ChatRequest>,
+}
+
+impl Ticket {
+    fn close(mut self, result: Result<Completion, LlmError>) -> Result<(), Stop> {
+        let Some(request) = self.request.take() else { return Ok(()) };
+        let ended = self.log.recorder.end_llm(self.begun, self.call_index, request, result);
+        ended.map_err(|refusal| refused(&refusal))
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        if let Some(request) = self.request.take() {
+            let cancelled = Err(LlmError::Unavailable("the call was cancelled".to_owned()));
+            // The attempt may be over; then there is nobody to tell.
+            let _ = self.log.recorder.end_llm(self.begun, self.call_index, request, cancelled);
+        }
+    }
+}
+
+/// A call under way.
+pub struct PendingLlm {
+    ticket: Ticket,
+    progress: Progress,
+    text_delivered: bool,
+}
+
+enum Progress {
+    Running(BoxFuture<'static, Result<Completion, LlmError>>),
+    Done(Result<Completion, LlmError>),
+}
+
+impl PendingLlm {
+    pub(crate) fn poll(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        let Progress::Running(future) = &mut self.progress else { return Poll::Ready(()) };
+        let Poll::Ready(result) = future.as_mut().poll(context) else { return Poll::Pending };
+        self.progress = Progress::Done(result);
+        Poll::Ready(())
+    }
+}
+
+impl AgentState {
+    /// Adds text to a request. The host holds no more of a guest's text than the guest could hold itself.
+    fn grow(&mut self, request: &Resource<RequestDraft>, bytes: usize) -> wasmtime::Result<&mut ChatRequest> {
+        let limits = &self.host.limits;
+        let bytes = bytes as u64;
+        self.host.request_bytes = self.host.request_bytes.saturating_add(bytes);
+        if self.host.request_bytes > limits.memory_bytes_max {
+            return Err(Stop::limit(OutcomeKind::MemoryLimit, "memory_bytes_max", limits.memory_bytes_max).error());
+        }
+        let draft = self.table.get_mut(request)?;
+        draft.bytes = draft.bytes.saturating_add(bytes);
+        if draft.bytes > limits.payload_bytes_max {
+            let limit = Stop::limit(OutcomeKind::OutputLimit, "payload_bytes_max", limits.payload_bytes_max);
+            return Err(limit.error());
+        }
+        Ok(&mut draft.request)
+    }
+
+    fn sampling(&mut self, request: &Resource<RequestDraft>) -> wasmtime::Result<&mut Sampling> {
+        Ok(&mut self.table.get_mut(request)?.request.sampling)
+    }
+
+    /// Gives the call its number and checks it. The error is for the guest: such a call is recorded, but not made.
+    fn open_call(
+        &mut self,
+        request: &Resource<RequestDraft>,
+    ) -> wasmtime::Result<(Ticket, ChatRequest, Result<(), LlmError>)> {
+        self.host.log.take_span().map_err(Stop::error)?;
+        let request = self.table.get(request)?.request.clone();
+        let call_index = self.host.llm_calls;
+        self.host.llm_calls += 1;
+        let limits = &self.host.limits;
+        let checked = if call_index >= limits.llm_calls_max {
+            Err(LlmError::LimitReached { name: "llm_calls_max".to_owned(), value: limits.llm_calls_max })
+        } else if self.host.completion_tokens >= limits.completion_tokens_max {
+            Err(LlmError::LimitReached {
+                name: "completion_tokens_max".to_owned(),
+                value: limits.completion_tokens_max,
+            })
+        } else {
+            check(&request).map_err(LlmError::InvalidRequest)
+        };
+        let ticket = Ticket {
+            log: Arc::clone(&self.host.log),
+            begun: self.host.log.recorder.begin(),
+            call_index,
+            request: Some(request.clone()),
+        };
+        let mut sent = request;
+        // The last call before the limit may not run far past it.
+        let left = limits.completion_tokens_max.saturating_sub(self.host.completion_tokens);
+        sent.sampling.max_tokens = sent.sampling.max_tokens.min(u32::try_from(left).unwrap_or(u32::MAX));
+        Ok((ticket, sent, checked))
+    }
+
+    /// The future that makes the call. Nothing happens before it is polled.
+    fn make_call(
+        &self,
+        call_index: u64,
+        request: ChatRequest,
+        checked: Result<(), LlmError>,
+    ) -> BoxFuture<'static, Result<Completion, LlmError>> {
+        let llm = Arc::clone(&self.host.llm);
+        Box::pin(async move {
+            checked?;
+            llm.chat(call_index, request).await
+        })
+    }
+
+    /// Records the end of a call and hands its result to the guest.
+    fn close_call(
+        &mut self,
+        ticket: Ticket,
+        result: Result<Completion, LlmError>,
+    ) -> wasmtime::Result<Result<Resource<FinishedCall>, llm::LlmError>> {
+        match &result {
+            Ok(completion) => {
+                self.host.completion_tokens =
+                    self.host.completion_tokens.saturating_add(u64::from(completion.usage.completion_tokens));
+            }
+            Err(error) => self.host.last_failure = Some(LastFailure::Llm(error.clone())),
+        }
+        let answer = match &result {
+            Ok(completion) => Ok(Arc::new(completion.clone())),
+            Err(error) => Err(convert::llm_error_to_wit(error)),
+        };
+        ticket.close(result).map_err(Stop::error)?;
+        Ok(match answer {
+            Ok(completion) => Ok(self.table.push(FinishedCall(completion))?),
+            Err(error) => Err(error),
+        })
+    }
+
+    async fn wait_for_call(&mut self, call: &Resource<PendingLlm>) -> wasmtime::Result<()> {
+        self.wait(|table, context| match table.get_mut(call) {
+            Ok(pending) => pending.poll(context).map(Ok),
+            Err(error) => Poll::Ready(Err(error.into())),
+        })
+        .await
+    }
+
+    fn record_host_call(
+        &self,
+        begun: Begun,
+        function: &str,
+        arguments: &serde_json::Value,
+        result: &serde_json::Value,
+    ) -> wasmtime::Result<()> {
+        let body = SpanBody::HostCall {
+            interface: INTERFACE.to_owned(),
+            function: function.to_owned(),
+            arguments: arguments.to_string(),
+            result: result.to_string(),
+        };
+        let ended = self.host.log.recorder.end(begun, function, vec![], body);
+        ended.map_err(|refusal| refused(&refusal).error())
+    }
+}
+
+/// What a model could only refuse in its own words is refused here, naming the field.
+fn check(request: &ChatRequest) -> Result<(), String> {
+    let sampling = &request.sampling;
+    if request.messages.is_empty() {
+        return Err("messages: the request has none".to_owned());
+    }
+    if !sampling.temperature.is_finite() || sampling.temperature < 0.0 {
+        return Err(format!("temperature: {} is not a number >= 0", sampling.temperature));
+    }
+    if !(sampling.top_p > 0.0 && sampling.top_p <= 1.0) {
+        return Err(format!("top-p: {} is not in (0, 1]", sampling.top_p));
+    }
+    if !(sampling.min_p >= 0.0 && sampling.min_p < 1.0) {
+        return Err(format!("min-p: {} is not in [0, 1)", sampling.min_p));
+    }
+    for tool in &request.tools {
+        if !is_json(&tool.parameters) {
+            return Err(format!("tools: the parameters of `{}` are not JSON", tool.name));
+        }
+    }
+    if let Some(Constraint::JsonSchema(schema)) = &sampling.constraint
+        && !is_json(schema)
+    {
+        return Err("constrain-json: the schema is not JSON".to_owned());
+    }
+    Ok(())
+}
+
+pub(crate) fn is_json(text: &str) -> bool {
+    serde_json::from_str::<serde::de::IgnoredAny>(text).is_ok()
+}
+
+impl llm::HostRequest for AgentState {
+    fn new(&mut self) -> wasmtime::Result<Resource<RequestDraft>> {
+        let request = ChatRequest {
+            messages: vec![],
+            tools: vec![],
+            sampling: Sampling::default(),
+            agent_role: "agent".to_owned(),
+            endpoint: None,
+        };
+        Ok(self.table.push(RequestDraft { request, bytes: 0 })?)
+    }
+
+    fn add_system(&mut self, request: Resource<RequestDraft>, content: String) -> wasmtime::Result<()> {
+        self.grow(&request, content.len())?.messages.push(Message::text(Role::System, content));
+        Ok(())
+    }
+
+    fn add_user(&mut self, request: Resource<RequestDraft>, content: String) -> wasmtime::Result<()> {
+        self.grow(&request, content.len())?.messages.push(Message::text(Role::User, content));
+        Ok(())
+    }
+
+    fn add_assistant(
+        &mut self,
+        request: Resource<RequestDraft>,
+        content: String,
+        tool_calls: Vec<types::ToolCall>,
+        response_id: Option<String>,
+    ) -> wasmtime::Result<()> {
+        let calls: usize = tool_calls.iter().map(|call| call.id.len() + call.name.len() + call.arguments.len()).sum();
+        let bytes = content.len() + calls + response_id.as_ref().map_or(0, String::len);
+        let message = Message {
+            tool_calls: tool_calls.into_iter().map(convert::tool_call_from_wit).collect(),
+            response_id: response_id.map(fulgurite_core::id::ResponseId),
+            ..Message::text(Role::Assistant, content)
+        };
+        self.grow(&request, bytes)?.messages.push(message);
+        Ok(())
+    }
+
+    fn add_tool_result(
+        &mut self,
+        request: Resource<RequestDraft>,
+        tool_call_id: String,
+        content: String,
+    ) -> wasmtime::Result<()> {
+        let bytes = content.len() + tool_call_id.len();
+        let message = Message { tool_call_id: Some(tool_call_id), ..Message::text(Role::Tool, content) };
+        self.grow(&request, bytes)?.messages.push(message);
+        Ok(())
+    }
+
+    fn set_tools(&mut self, request: Resource<RequestDraft>, tools: Vec<types::ToolSpec>) -> wasmtime::Result<()> {
+        let bytes = tools.iter().map(|tool| tool.name.len() + tool.description.len() + tool.parameters.len()).sum();
+        self.grow(&request, bytes)?.tools = tools.into_iter().map(convert::tool_spec_from_wit).collect();
+        Ok(())
+    }
+
+    fn set_temperature(&mut self, request: Resource<RequestDraft>, value: f32) -> wasmtime::Result<()> {
+        self.sampling(&request)?.temperature = value;
+        Ok(())
+    }
+
+    fn set_top_p(&mut self, request: Resource<RequestDraft>, value: f32) -> wasmtime::Result<()> {
+        self.sampling(&request)?.top_p = value;
+        Ok(())
+    }
+
+    fn set_top_k(&mut self, request: Resource<RequestDraft>, value: u32) -> wasmtime::Result<()> {
+        self.sampling(&request)?.top_k = value;
+        Ok(())
+    }
+
+    fn set_min_p(&mut self, request: Resource<RequestDraft>, value: f32) -> wasmtime::Result<()> {
+        self.sampling(&request)?.min_p = value;
+        Ok(())
+    }
+
+    fn set_max_tokens(&mut self, request: Resource<RequestDraft>, value: u32) -> wasmtime::Result<()> {
+        self.sampling(&request)?.max_tokens = value;
+        Ok(())
+    }
+
+    fn set_stop(&mut self, request: Resource<RequestDraft>, texts: Vec<String>) -> wasmtime::Result<()> {
+        let bytes = texts.iter().map(|text| text.len() + size_of::<String>()).sum();
+        self.grow(&request, bytes)?.sampling.stop = texts;
+        Ok(())
+    }
+
+    fn set_seed(&mut self, request: Resource<RequestDraft>, seed: u64) -> wasmtime::Result<()> {
+        self.sampling(&request)?.seed = Some(seed);
+        Ok(())
+    }
+
+    fn constrain_json(&mut self, request: Resource<RequestDraft>, schema: String) -> wasmtime::Result<()> {
+        let bytes = schema.len();
+        self.grow(&request, bytes)?.sampling.constraint = Some(Constraint::JsonSchema(schema));
+        Ok(())
+    }
+
+    fn constrain_regex(&mut self, request: Resource<RequestDraft>, pattern: String) -> wasmtime::Result<()> {
+        let bytes = pattern.len();
+        self.grow(&request, bytes)?.sampling.constraint = Some(Constraint::Regex(pattern));
+        Ok(())
+    }
+
+    fn set_agent_role(&mut self, request: Resource<RequestDraft>, role: String) -> wasmtime::Result<()> {
+        let bytes = role.len();
+        self.grow(&request, bytes)?.agent_role = role;
+        Ok(())
+    }
+
+    fn set_endpoint(&mut self, request: Resource<RequestDraft>, name: String) -> wasmtime::Result<()> {
+        let bytes = name.len();
+        self.grow(&request, bytes)?.endpoint = Some(name);
+        Ok(())
+    }
+
+    fn drop(&mut self, request: Resource<RequestDraft>) -> wasmtime::Result<()> {
+        let draft = self.table.delete(request)?;
+        self.host.request_bytes = self.host.request_bytes.saturating_sub(draft.bytes);
+        Ok(())
+    }
+}
+
+impl AgentState {
+    fn completion(&self, call: &Resource<FinishedCall>) -> wasmtime::Result<&Completion> {
+        Ok(&self.table.get(call)?.0)
+    }
+}
+
+impl llm::HostCompletion for AgentState {
+    fn text(&mut self, call: Resource<FinishedCall>) -> wasmtime::Result<String> {
+        Ok(self.completion(&call)?.text.clone())
+    }
+
+    fn tool_calls(&mut self, call: Resource<FinishedCall>) -> wasmtime::Result<Vec<types::ToolCall>> {
+        Ok(self.completion(&call)?.tool_calls.iter().map(convert::tool_call_to_wit).collect())
+    }
+
+    fn finish_reason(&mut self, call: Resource<FinishedCall>) -> wasmtime::Result<types::FinishReason> {
+        Ok(convert::finish_reason_to_wit(self.completion(&call)?.finish_reason))
+    }
+
+    fn response_id(&mut self, call: Resource<FinishedCall>) -> wasmtime::Result<String> {
+        Ok(self.completion(&call)?.response_id.0.clone())
+    }
+
+    fn prompt_tokens(&mut self, call: Resource<FinishedCall>) -> wasmtime::Result<u32> {
+        Ok(self.completion(&call)?.usage.prompt_tokens)
+    }
+
+    fn completion_tokens(&mut self, call: Resource<FinishedCall>) -> wasmtime::Result<u32> {
+        Ok(self.completion(&call)?.usage.completion_tokens)
+    }
+
+    fn prompt_ids(&mut self, call: Resource<FinishedCall>) -> wasmtime::Result<Vec<u32>> {
+        let tokens = self.completion(&call)?.tokens.as_ref();
+        Ok(tokens.map(|tokens| tokens.prompt_ids.clone()).unwrap_or_default())
+    }
+
+    fn completion_ids(&mut self, call: Resource<FinishedCall>) -> wasmtime::Result<Vec<u32>> {
+        let tokens = self.completion(&call)?.tokens.as_ref();
+        Ok(tokens.map(|tokens| tokens.completion_ids.clone()).unwrap_or_default())
+    }
+
+    fn log_probs(&mut self, call: Resource<FinishedCall>) -> wasmtime::Result<Vec<f32>> {
+        let tokens = self.completion(&call)?.tokens.as_ref();
+        Ok(tokens.map(|tokens| tokens.log_probs.clone()).unwrap_or_default())
+    }
+
+    fn policy_version(&mut self, call: Resource<FinishedCall>) -> wasmtime::Result<Option<u64>> {
+        Ok(self.completion(&call)?.tokens.as_ref().map(|tokens| tokens.policy_version.0))
+    }
+
+    fn not_trainable(&mut self, call: Resource<FinishedCall>) -> wasmtime::Result<Option<llm::NotTrainable>> {
+        Ok(self.completion(&call)?.not_trainable.as_ref().map(convert::not_trainable_to_wit))
+    }
+
+    fn drop(&mut self, call: Resource<FinishedCall>) -> wasmtime::Result<()> {
+        self.table.delete(call)?;
+        Ok(())
+    }
+}
+
+impl llm::HostPending for AgentState {
+    async fn next(&mut self, call: Resource<PendingLlm>) -> wasmtime::Result<Result<Option<String>, llm::LlmError>> {
+        self.host.log.take_span().map_err(Stop::error)?;
+        let begun = self.host.log.recorder.begin();
+        self.wait_for_call(&call).await?;
+        let pending = self.table.get_mut(&call)?;
+        let arguments = serde_json::json!({ "call_index": pending.ticket.call_index });
+        let Progress::Done(result) = &pending.progress else {
+            return Err(wasmtime::Error::msg("a call that was waited for is still under way"));
+        };
+        // The whole text is one chunk. A model that streams will deliver more of them; the record already says how much
+        // each one held.
+        let (answer, recorded) = match result {
+            Ok(completion) if !pending.text_delivered && !completion.text.is_empty() => {
+                (Ok(Some(completion.text.clone())), serde_json::json!({ "chunk_bytes": completion.text.len() }))
+            }
+            Ok(_) => (Ok(None), serde_json::json!({ "end": true })),
+            Err(error) => (Err(convert::llm_error_to_wit(error)), serde_json::json!({ "error": error.to_string() })),
+        };
+        pending.text_delivered = true;
+        if let Err(error) = result {
+            self.host.last_failure = Some(LastFailure::Llm(error.clone()));
+        }
+        self.record_host_call(begun, "[method]pending.next", &arguments, &recorded)?;
+        Ok(answer)
+    }
+
+    fn drop(&mut self, call: Resource<PendingLlm>) -> wasmtime::Result<()> {
+        self.host.pending_llm.remove(&call.rep());
+        self.table.delete(call)?;
+        Ok(())
+    }
+}
+
+impl llm::Host for AgentState {
+    async fn chat(
+        &mut self,
+        request: Resource<RequestDraft>,
+    ) -> wasmtime::Result<Result<Resource<FinishedCall>, llm::LlmError>> {
+        let (ticket, request, checked) = self.open_call(&request)?;
+        let mut call = self.make_call(ticket.call_index, request, checked);
+        let result = self.wait(|_, context| call.as_mut().poll(context)).await;
+        self.close_call(ticket, result)
+    }
+
+    async fn start(
+        &mut self,
+        request: Resource<RequestDraft>,
+    ) -> wasmtime::Result<Result<Resource<PendingLlm>, llm::LlmError>> {
+        let (ticket, request, checked) = self.open_call(&request)?;
+        let call = self.make_call(ticket.call_index, request, checked);
+        let mut pending = PendingLlm { ticket, progress: Progress::Running(call), text_delivered: false };
+        let first = poll_fn(|context| {
+            let _ = pending.poll(context);
+            Poll::Ready(())
+        });
+        self.meter.host(first).await;
+        let pending = self.table.push(pending)?;
+        self.host.pending_llm.insert(pending.rep());
+        Ok(Ok(pending))
+    }
+
+    async fn finish(
+        &mut self,
+        call: Resource<PendingLlm>,
+    ) -> wasmtime::Result<Result<Resource<FinishedCall>, llm::LlmError>> {
+        self.wait_for_call(&call).await?;
+        self.host.pending_llm.remove(&call.rep());
+        let pending = self.table.delete(call)?;
+        match pending.progress {
+            Progress::Done(result) => self.close_call(pending.ticket, result),
+            Progress::Running(_) => Err(wasmtime::Error::msg("a call that was waited for is still under way")),
+        }
+    }
+
+    async fn wait_any(&mut self, calls: Vec<Resource<PendingLlm>>) -> wasmtime::Result<Result<u32, llm::LlmError>> {
+        if calls.is_empty() {
+            return Ok(Err(llm::LlmError::InvalidRequest("calls: the list is empty".to_owned())));
+        }
+        self.host.log.take_span().map_err(Stop::error)?;
+        let begun = self.host.log.recorder.begin();
+        // The first in the list wins when several are ready, so that the answer depends on the calls alone.
+        let ready = self
+            .wait(|table, context| {
+                for (place, call) in calls.iter().enumerate() {
+                    match table.get_mut(call).map(|pending| pending.poll(context)) {
+                        Ok(Poll::Ready(())) => return Poll::Ready(Ok(place)),
+                        Ok(Poll::Pending) => {}
+                        Err(error) => return Poll::Ready(Err(error)),
+                    }
+                }
+                Poll::Pending
+            })
+            .await?;
+        let mut indices = Vec::with_capacity(calls.len());
+        for call in &calls {
+            indices.push(self.table.get(call)?.ticket.call_index);
+        }
+        let arguments = serde_json::json!({ "call_indices": indices });
+        self.record_host_call(begun, "wait-any", &arguments, &serde_json::json!(ready))?;
+        Ok(Ok(u32::try_from(ready).unwrap_or(u32::MAX)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(change: impl FnOnce(&mut ChatRequest)) -> ChatRequest {
+        let mut request = ChatRequest {
+            messages: vec![Message::text(Role::User, "hello")],
+            tools: vec![],
+            sampling: Sampling::default(),
+            agent_role: "agent".to_owned(),
+            endpoint: None,
+        };
+        change(&mut request);
+        request
+    }
+
+    type Change = fn(&mut ChatRequest);
+
+    #[test]
+    fn a_wrong_value_is_named() {
+        assert_eq!(check(&request(|_| {})), Ok(()));
+        let wrong: [(&str, Change); 5] = [
+            ("messages", |request| request.messages.clear()),
+            ("temperature", |request| request.sampling.temperature = f32::NAN),
+            ("top-p", |request| request.sampling.top_p = 0.0),
+            ("min-p", |request| request.sampling.min_p = 1.0),
+            ("constrain-json", |request| request.sampling.constraint = Some(Constraint::JsonSchema("{".to_owned()))),
+        ];
+        for (field, change) in wrong {
+            assert!(check(&request(change)).unwrap_err().starts_with(field), "{field}");
+        }
+    }
+}
