@@ -1,1 +1,52 @@
-//! fulgurite-policy
+//! The policy: a small Llama-family language model that is sampled from and trained in one place.
+//!
+//! [`PolicyEngine`] is a cheap handle to it. Its [`backend`](PolicyEngine::backend) answers the LLM calls of live
+//! rollouts, its training verbs take [rows](fulgurite_core::training::TrainingRow), and both use the same weights. All
+//! work runs on the engine's own threads; the handle's methods only send and wait, so they may be called from any
+//! runtime. This crate is the only user of burn.
+//!
+//! It is not a server: it knows no HTTP, no store and no sandbox.
+//!
+//! ```
+//! use fulgurite_core::llm::{Message, Role};
+//! use fulgurite_core::seed::Seed;
+//! use fulgurite_policy::{PolicyConfig, PolicyEngine, PolicyTokenizer, TokenizerConfig};
+//!
+//! # fn main() -> Result<(), fulgurite_policy::PolicyError> {
+//! let corpus = ["book a room for 4 people", "R07 holds 12 people"].map(String::from);
+//! let tokenizer = PolicyTokenizer::train(corpus.into_iter(), &TokenizerConfig::default())?;
+//! let engine = PolicyEngine::create(&PolicyConfig::default(), tokenizer, Seed::new(0))?;
+//! let demonstration = [Message::text(Role::User, "book a room"), Message::text(Role::Assistant, "R07")];
+//! let encoded = engine.encode_demonstration(&demonstration, &[Role::Assistant])?;
+//! assert!(encoded.mask.iter().any(|trained| *trained));
+//! # Ok(())
+//! # }
+//! ```
+
+mod attention_kernel;
+mod backprop;
+mod checkpoint;
+mod compute;
+mod config;
+mod decoder;
+mod engine;
+mod error;
+mod generate;
+mod gradient_kernel;
+mod kernel;
+mod loss;
+mod model;
+mod optimiser;
+mod parameters;
+mod sampler;
+mod session;
+mod template;
+mod tokenizer;
+mod train;
+#[cfg(test)]
+mod train_tests;
+
+pub use config::{ModelShape, PolicyConfig, PolicyDevice, Preset};
+pub use engine::{EncodedDemonstration, EngineStatistics, PolicyEngine};
+pub use error::PolicyError;
+pub use tokenizer::{PolicyTokenizer, TokenizerConfig};

@@ -1,0 +1,332 @@
+//! Forward and backward of the decoder on the sampler's own kernels.
+//!
+//! The forward pass runs the very kernels that drew the tokens, so on the CPU a token's log-prob in training *is* the
+//! sampler's, bit by bit, and so are two forwards of any split. Rows stand one after the other without padding. What the
+//! backward pass needs is kept per micro-batch, but for attention scores, which are computed again.
+//!
+//! (Rejected as the default on the CPU: burn's autodiff, which stays as [`crate::model`]. On the tiny model it spends a
+//! quarter of its time in matrix products; the rest goes into scalar exponentials, copies and fresh pages.)
+
+use crate::attention_kernel::{Attention, LayerCache};
+use crate::decoder::Decoder;
+use crate::gradient_kernel::{AttentionBackward, AttentionScratch, RmsNormBackward, add_outer, silu_gate_backward};
+use crate::kernel::{self, Packed};
+use crate::parameters::{LAYER_TENSORS, Parameters, Values};
+
+/// Transposed weights, packed for multiplying gradients with.
+#[derive(Debug)]
+pub(crate) struct Transposed {
+    layers: Vec<TransposedLayer>,
+    head: Packed,
+}
+
+#[derive(Debug)]
+struct TransposedLayer {
+    query_key_value: Packed,
+    attention_out: Packed,
+    gate_up: Packed,
+    down: Packed,
+}
+
+impl Transposed {
+    /// Transposes and packs.
+    pub(crate) fn new(parameters: &Parameters) -> Self {
+        let shape = &parameters.shape;
+        let tensor = |at: usize| parameters.values.get(at).map_or(&[][..], Vec::as_slice);
+        let (d, ff, query, kv) = (shape.d_model, shape.d_ff, shape.query_width(), shape.kv_width());
+        let layers = (0..shape.layers)
+            .map(|layer| {
+                let tensor = |part: usize| tensor(1 + layer * LAYER_TENSORS + part);
+                TransposedLayer {
+                    query_key_value: Packed::transposed(d, &[(tensor(1), query), (tensor(2), kv), (tensor(3), kv)]),
+                    attention_out: Packed::transposed(query, &[(tensor(4), d)]),
+                    gate_up: Packed::transposed(d, &[(tensor(6), ff), (tensor(7), ff)]),
+                    down: Packed::transposed(ff, &[(tensor(8), d)]),
+                }
+            })
+            .collect();
+        let head = if shape.tie_embeddings {
+            Packed::new(shape.vocabulary, &[(tensor(0), d)])
+        } else {
+            let last = 2 + shape.layers * LAYER_TENSORS;
+            Packed::transposed(d, &[(tensor(last), shape.vocabulary)])
+        };
+        Self { layers, head }
+    }
+}
+
+/// What one layer's backward pass needs of its forward pass, one row per token each.
+#[derive(Debug, Default)]
+struct Saved {
+    x: Vec<f32>,
+    normed: Vec<f32>,
+    /// Queries, keys and values, rotated.
+    projected: Vec<f32>,
+    mixed: Vec<f32>,
+    x_middle: Vec<f32>,
+    normed_middle: Vec<f32>,
+    gate_up: Vec<f32>,
+    activated: Vec<f32>,
+}
+
+/// Activations of one micro-batch; its memory is used again for the next one.
+#[derive(Debug, Default)]
+pub(crate) struct Tape {
+    ids: Vec<u32>,
+    /// Length of each row.
+    lengths: Vec<usize>,
+    layers: Vec<Saved>,
+    /// Output of the last layer.
+    x: Vec<f32>,
+    selected: Vec<usize>,
+    selected_x: Vec<f32>,
+    selected_normed: Vec<f32>,
+    /// `[selected, vocabulary]`: logits after [`forward`](Self::forward), to be replaced by their gradient before
+    /// [`backward`](Self::backward).
+    pub(crate) logits: Vec<f32>,
+    caches: (LayerCache, LayerCache),
+    scores: Vec<f32>,
+    packed: Packed,
+    attention: AttentionScratch,
+    d_x: Vec<f32>,
+    d_wide: Vec<f32>,
+    d_normed: Vec<f32>,
+    d_mixed: Vec<f32>,
+}
+
+/// A buffer of `len` zeros in memory that is used again.
+fn zeroed(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    buffer.clear();
+    buffer.resize(len, 0.0);
+    buffer
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "the model computes in f32")]
+fn epsilon(decoder: &Decoder) -> f32 {
+    decoder.shape.rms_norm_epsilon as f32
+}
+
+impl Tape {
+    /// Logits after the selected tokens of some rows; `selected` counts tokens over all rows. Ids must be below the
+    /// vocabulary's size and rows fit the context.
+    pub(crate) fn forward<'a>(
+        &mut self,
+        decoder: &Decoder,
+        rows: impl Iterator<Item = &'a [u32]>,
+        selected: impl Iterator<Item = usize>,
+    ) {
+        let shape = &decoder.shape;
+        let (d, query, kv, dim) = (shape.d_model, shape.query_width(), shape.kv_width(), shape.head_dim);
+        let epsilon = epsilon(decoder);
+        self.ids.clear();
+        self.lengths.clear();
+        for row in rows {
+            self.ids.extend_from_slice(row);
+            self.lengths.push(row.len());
+        }
+        let tokens = self.ids.len();
+        self.x.clear();
+        for id in &self.ids {
+            let at = *id as usize * d;
+            self.x.extend_from_slice(decoder.embedding.get(at..at + d).unwrap_or_default());
+        }
+        self.layers.resize_with(shape.layers, Saved::default);
+        for (layer, saved) in decoder.layers.iter().zip(&mut self.layers) {
+            saved.x.clone_from(&self.x);
+            let normed = zeroed(&mut saved.normed, tokens * d);
+            kernel::rms_norm(&saved.x, &layer.attention_norm, epsilon, normed);
+            let width = layer.query_key_value.width();
+            let projected = zeroed(&mut saved.projected, tokens * width);
+            kernel::multiply::<false>(normed, &layer.query_key_value, projected);
+            let mixed = zeroed(&mut saved.mixed, tokens * query);
+            let (mut projected, mut mixed) = (projected, mixed);
+            for length in &self.lengths {
+                let (row, rest) = projected.split_at_mut(length * width);
+                projected = rest;
+                for (position, token) in row.chunks_exact_mut(width).enumerate() {
+                    let (rotated, values) = token.split_at_mut(query + kv);
+                    let (cosines, sines) = decoder.rotary.at(position);
+                    for head in rotated.chunks_exact_mut(dim) {
+                        kernel::rotate(head, cosines, sines);
+                    }
+                    self.caches.0.write(position, dim, rotated.split_at(query).1, values);
+                }
+                let (out, rest) = mixed.split_at_mut(length * query);
+                mixed = rest;
+                for (position, (token, out)) in row.chunks_exact(width).zip(out.chunks_exact_mut(query)).enumerate() {
+                    let (query, _) = token.split_at(query);
+                    let (cache, scores) = (&self.caches.0, &mut self.scores);
+                    Attention { query, cache, length: position + 1, dim, kv_width: kv, scores, out }.run();
+                }
+            }
+            kernel::multiply::<true>(&saved.mixed, &layer.attention_out, &mut self.x);
+            saved.x_middle.clone_from(&self.x);
+            let normed = zeroed(&mut saved.normed_middle, tokens * d);
+            kernel::rms_norm(&saved.x_middle, &layer.mlp_norm, epsilon, normed);
+            let gate_up = zeroed(&mut saved.gate_up, tokens * layer.gate_up.width());
+            kernel::multiply::<false>(normed, &layer.gate_up, gate_up);
+            let activated = zeroed(&mut saved.activated, tokens * shape.d_ff);
+            kernel::silu_gate(gate_up, shape.d_ff, activated);
+            kernel::multiply::<true>(activated, &layer.down, &mut self.x);
+        }
+        self.selected.clear();
+        self.selected.extend(selected);
+        self.selected_x.clear();
+        for token in &self.selected {
+            self.selected_x.extend_from_slice(self.x.get(token * d..(token + 1) * d).unwrap_or_default());
+        }
+        let normed = zeroed(&mut self.selected_normed, self.selected_x.len());
+        kernel::rms_norm(&self.selected_x, &decoder.norm, epsilon, normed);
+        let logits = zeroed(&mut self.logits, self.selected.len() * shape.vocabulary);
+        kernel::multiply::<false>(normed, &decoder.head, logits);
+    }
+
+    /// Adds the gradient of every weight, given the gradient of the logits in [`logits`](Self::logits).
+    pub(crate) fn backward(&mut self, decoder: &Decoder, transposed: &Transposed, gradient: &mut Values) {
+        let shape = &decoder.shape;
+        let d = shape.d_model;
+        let (tokens, count) = (self.ids.len(), self.selected.len());
+        let epsilon = epsilon(decoder);
+        let last = 1 + shape.layers * LAYER_TENSORS;
+
+        // Output projection and final norm, of the selected tokens.
+        if shape.tie_embeddings {
+            self.packed.repack(&self.selected_normed, d, 0, d);
+            add_weight(gradient, 0, &self.logits, shape.vocabulary, &self.packed);
+        } else {
+            self.packed.repack(&self.logits, shape.vocabulary, 0, shape.vocabulary);
+            add_weight(gradient, last + 1, &self.selected_normed, d, &self.packed);
+        }
+        let d_normed = zeroed(&mut self.d_normed, count * d);
+        kernel::multiply::<false>(&self.logits, &transposed.head, d_normed);
+        let dx = zeroed(&mut self.d_wide, count * d);
+        if let Some(d_weight) = gradient.get_mut(last) {
+            let (x, weight) = (&self.selected_x, &decoder.norm);
+            RmsNormBackward { x, weight, epsilon, dy: d_normed, dx, d_weight }.run();
+        }
+        let d_x = zeroed(&mut self.d_x, tokens * d);
+        for (token, row) in self.selected.iter().zip(self.d_wide.chunks_exact(d)) {
+            for (slot, value) in d_x.iter_mut().skip(token * d).zip(row) {
+                *slot += value;
+            }
+        }
+
+        for index in (0..shape.layers).rev() {
+            self.layer_backward(index, decoder, transposed, gradient, epsilon);
+        }
+        if let Some(embedding) = gradient.first_mut() {
+            for (id, row) in self.ids.iter().zip(self.d_x.chunks_exact(d)) {
+                for (slot, value) in embedding.iter_mut().skip(*id as usize * d).zip(row) {
+                    *slot += value;
+                }
+            }
+        }
+    }
+
+    /// Takes the gradient of a layer's output in `d_x` to that of its input.
+    fn layer_backward(
+        &mut self,
+        index: usize,
+        decoder: &Decoder,
+        transposed: &Transposed,
+        gradient: &mut Values,
+        epsilon: f32,
+    ) {
+        let shape = &decoder.shape;
+        let (d, ff, query, kv) = (shape.d_model, shape.d_ff, shape.query_width(), shape.kv_width());
+        let tokens = self.ids.len();
+        let first = 1 + index * LAYER_TENSORS;
+        let (Some(layer), Some(back)) = (decoder.layers.get(index), transposed.layers.get(index)) else { return };
+        let Some(saved) = self.layers.get(index) else { return };
+
+        // x + down(silu(gate) * up)
+        self.packed.repack(&self.d_x, d, 0, d);
+        add_weight(gradient, first + 8, &saved.activated, ff, &self.packed);
+        let d_activated = zeroed(&mut self.d_mixed, tokens * ff);
+        kernel::multiply::<false>(&self.d_x, &back.down, d_activated);
+        let d_gate_up = zeroed(&mut self.d_wide, tokens * 2 * ff);
+        silu_gate_backward(&saved.gate_up, ff, d_activated, d_gate_up);
+        for (part, tensor) in [(0, first + 6), (ff, first + 7)] {
+            self.packed.repack(d_gate_up, 2 * ff, part, ff);
+            add_weight(gradient, tensor, &saved.normed_middle, d, &self.packed);
+        }
+        let dy = zeroed(&mut self.d_normed, tokens * d);
+        kernel::multiply::<false>(d_gate_up, &back.gate_up, dy);
+        if let Some(d_weight) = gradient.get_mut(first + 5) {
+            let (x, weight, dx) = (&saved.x_middle, &layer.mlp_norm, &mut self.d_x);
+            RmsNormBackward { x, weight, epsilon, dy, dx, d_weight }.run();
+        }
+
+        // x + out(attention)
+        self.packed.repack(&self.d_x, d, 0, d);
+        add_weight(gradient, first + 4, &saved.mixed, query, &self.packed);
+        let d_mixed = zeroed(&mut self.d_mixed, tokens * query);
+        kernel::multiply::<false>(&self.d_x, &back.attention_out, d_mixed);
+        let width = query + 2 * kv;
+        zeroed(&mut self.d_wide, tokens * width);
+        self.attention_backward(index, decoder);
+        let Some(saved) = self.layers.get(index) else { return };
+        for (part, columns, tensor) in [(0, query, first + 1), (query, kv, first + 2), (query + kv, kv, first + 3)] {
+            self.packed.repack(&self.d_wide, width, part, columns);
+            add_weight(gradient, tensor, &saved.normed, d, &self.packed);
+        }
+        let dy = zeroed(&mut self.d_normed, tokens * d);
+        kernel::multiply::<false>(&self.d_wide, &back.query_key_value, dy);
+        if let Some(d_weight) = gradient.get_mut(first) {
+            let (x, weight, dx) = (&saved.x, &layer.attention_norm, &mut self.d_x);
+            RmsNormBackward { x, weight, epsilon, dy, dx, d_weight }.run();
+        }
+    }
+
+    /// From `d_mixed` to the gradient of the projections before rotation in `d_wide`, row by row.
+    fn attention_backward(&mut self, index: usize, decoder: &Decoder) {
+        let shape = &decoder.shape;
+        let (query_width, kv_width, dim) = (shape.query_width(), shape.kv_width(), shape.head_dim);
+        let width = query_width + 2 * kv_width;
+        let Some(saved) = self.layers.get(index) else { return };
+        let (mut projected, mut mixed) = (saved.projected.as_slice(), saved.mixed.as_slice());
+        let (mut d_mixed, mut d_projected) = (self.d_mixed.as_slice(), self.d_wide.as_mut_slice());
+        let (cache, mirror) = &mut self.caches;
+        for length in &self.lengths {
+            let (row, rest) = projected.split_at(length * width);
+            projected = rest;
+            let (row_mixed, rest) = mixed.split_at(length * query_width);
+            mixed = rest;
+            let (row_d_mixed, rest) = d_mixed.split_at(length * query_width);
+            d_mixed = rest;
+            let (row_out, rest) = d_projected.split_at_mut(length * width);
+            d_projected = rest;
+            for (position, token) in row.chunks_exact(width).enumerate() {
+                let (keys, values) = token.split_at(query_width).1.split_at(kv_width);
+                cache.write(position, dim, keys, values);
+                mirror.write(position, dim, values, keys);
+            }
+            let task = AttentionBackward {
+                projected: row,
+                cache,
+                mirror,
+                mixed: row_mixed,
+                d_mixed: row_d_mixed,
+                dim,
+                query_width,
+                kv_width,
+                scratch: &mut self.attention,
+                d_projected: row_out,
+            };
+            task.run();
+            for (position, token) in row_out.chunks_exact_mut(width).enumerate() {
+                let (cosines, sines) = decoder.rotary.at(position);
+                for head in token.split_at_mut(query_width + kv_width).0.chunks_exact_mut(dim) {
+                    kernel::rotate_back(head, cosines, sines);
+                }
+            }
+        }
+    }
+}
+
+/// Adds `xᵀ · dy` to the gradient of tensor `at`.
+fn add_weight(gradient: &mut Values, at: usize, x: &[f32], k: usize, dy: &Packed) {
+    if let Some(sums) = gradient.get_mut(at) {
+        add_outer(x, k, dy, sums);
+    }
+}

@@ -1,0 +1,78 @@
+//! Why the policy engine refused or failed.
+
+use std::path::PathBuf;
+
+/// One case per thing that the caller can do about it.
+#[derive(Debug, thiserror::Error)]
+pub enum PolicyError {
+    /// A field of the policy's or tokenizer's config has a value that cannot be used.
+    #[error("`{field}` is {value}: {reason}")]
+    InvalidConfig {
+        /// The field's name.
+        field: &'static str,
+        /// The value given.
+        value: String,
+        /// What would be right.
+        reason: String,
+    },
+    /// The device is not offered by this build.
+    #[error("device `{0}` is not available: this build offers `cpu` and `flex`")]
+    UnsupportedDevice(String),
+    /// The tokenizer could not be trained, read or written.
+    #[error("tokenizer: {0}")]
+    Tokenizer(String),
+    /// The chat template does not parse or failed to render.
+    #[error("chat template: {0}")]
+    Template(String),
+    /// A training row or a loss that does not fit the model or itself.
+    #[error("invalid training batch: {0}")]
+    InvalidBatch(String),
+    /// A demonstration that does not fit the context.
+    #[error("the demonstration has {tokens} tokens and the context holds {context_tokens_max}")]
+    DemonstrationTooLong {
+        /// Its tokens.
+        tokens: usize,
+        /// Tokens that the context holds.
+        context_tokens_max: usize,
+    },
+    /// A snapshot of that name has not been taken.
+    #[error("there is no snapshot `{0}`")]
+    UnknownSnapshot(String),
+    /// `optimiser_step` was asked for and no gradient has been gathered since the last one.
+    #[error("there is no gradient to apply: call forward_backward first")]
+    NoGradient,
+    /// A file could not be read or written.
+    #[error("{path}")]
+    Io {
+        /// Which file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A checkpoint's file has other content than it must have.
+    #[error("{path}: {reason}")]
+    Checkpoint {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The engine does not offer this yet.
+    #[error("unsupported: {0}")]
+    Unsupported(String),
+    /// A thread of the engine failed: a defect, not something a caller can mend.
+    #[error("the policy engine failed: {0}")]
+    Internal(String),
+    /// The engine has been shut down.
+    #[error("the policy engine has stopped")]
+    Stopped,
+}
+
+impl PolicyError {
+    /// Attaches a path to a system error.
+    pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { path, source }
+    }
+}

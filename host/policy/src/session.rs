@@ -1,0 +1,233 @@
+//! The policy as a language model for rollouts: sessions, their history of completions, and what a request may ask for.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use fulgurite_core::id::ResponseId;
+use fulgurite_core::llm::{
+    ChatRequest, Completion, FinishReason, LlmBackend, LlmError, LlmSession, Message, NotTrainable, Role, Sampling,
+    SessionInfo, TokenData, ToolCall, Usage,
+};
+use fulgurite_core::seed::Seed;
+use futures::future::BoxFuture;
+
+use crate::error::PolicyError;
+use crate::generate::{CacheSlot, Generated, Generator, Request};
+use crate::sampler;
+use crate::tokenizer::PolicyTokenizer;
+
+/// Stop texts that one request may give.
+const STOPS_MAX: usize = 16;
+/// Longest stop text in bytes.
+const STOP_BYTES_MAX: usize = 256;
+
+/// Opens sessions on the policy.
+pub(crate) struct PolicyBackend {
+    pub(crate) generator: Arc<Generator>,
+    pub(crate) tokenizer: PolicyTokenizer,
+}
+
+impl LlmBackend for PolicyBackend {
+    fn open(&self, info: SessionInfo) -> Box<dyn LlmSession> {
+        let id = self.generator.scheduler.open_session();
+        let session = Session {
+            id,
+            generator: self.generator.clone(),
+            tokenizer: self.tokenizer.clone(),
+            info,
+            history: Mutex::default(),
+            cache: Arc::default(),
+        };
+        Box::new(OpenSession(Arc::new(session)))
+    }
+
+    fn name(&self) -> &'static str {
+        "policy"
+    }
+}
+
+/// Closes the session when it is dropped, even while a call's future lives on.
+struct OpenSession(Arc<Session>);
+
+impl Drop for OpenSession {
+    fn drop(&mut self) {
+        self.0.generator.scheduler.close_session(self.0.id);
+    }
+}
+
+impl LlmSession for OpenSession {
+    fn chat(&self, call_index: u64, request: ChatRequest) -> BoxFuture<'static, Result<Completion, LlmError>> {
+        let session = self.0.clone();
+        Box::pin(async move { session.answer(call_index, request).await })
+    }
+}
+
+struct Session {
+    id: u64,
+    generator: Arc<Generator>,
+    tokenizer: PolicyTokenizer,
+    info: SessionInfo,
+    /// Completions so far, to be spliced when a message repeats one.
+    history: Mutex<Vec<Recorded>>,
+    cache: Arc<CacheSlot>,
+}
+
+#[derive(Clone)]
+struct Recorded {
+    response_id: ResponseId,
+    text: String,
+    tool_calls: Vec<ToolCall>,
+    ids: Vec<u32>,
+}
+
+impl Recorded {
+    /// Whether a message without response id says the same.
+    fn equals(&self, message: &Message) -> bool {
+        self.text == message.content
+            && self.tool_calls.len() == message.tool_calls.len()
+            && self
+                .tool_calls
+                .iter()
+                .zip(&message.tool_calls)
+                .all(|(a, b)| a.name == b.name && a.arguments == b.arguments)
+    }
+}
+
+/// The recorded ids that a message repeats.
+fn recorded<'a>(history: &'a [Recorded], message: &Message) -> Option<&'a [u32]> {
+    if message.role != Role::Assistant {
+        return None;
+    }
+    let by_id = message.response_id.as_ref().and_then(|id| history.iter().find(|known| known.response_id == *id));
+    let found = by_id.or_else(|| history.iter().rev().find(|known| known.equals(message)));
+    found.map(|known| known.ids.as_slice())
+}
+
+/// Fills what the request leaves at its default from the session. A session whose temperature is not the default (an
+/// evaluation) overrides the request's.
+fn resolve(session: &Sampling, request: Sampling) -> Sampling {
+    let default = Sampling::default();
+    let pick = |asked: f32, given: f32, default: f32| if asked.to_bits() == default.to_bits() { given } else { asked };
+    let session_decides = session.temperature.to_bits() != default.temperature.to_bits();
+    Sampling {
+        temperature: if session_decides { session.temperature } else { request.temperature },
+        top_p: pick(request.top_p, session.top_p, default.top_p),
+        top_k: if request.top_k == 0 { session.top_k } else { request.top_k },
+        min_p: pick(request.min_p, session.min_p, default.min_p),
+        max_tokens: if request.max_tokens == 0 { session.max_tokens } else { request.max_tokens },
+        stop: if request.stop.is_empty() { session.stop.clone() } else { request.stop },
+        seed: request.seed.or(session.seed),
+        constraint: request.constraint.or_else(|| session.constraint.clone()),
+    }
+}
+
+fn check(sampling: &Sampling) -> Result<(), LlmError> {
+    let invalid = |text: &str| Err(LlmError::InvalidRequest(text.to_owned()));
+    if !(0.0..=100.0).contains(&sampling.temperature) {
+        return invalid("`temperature` must be 0 (greedy) to 100");
+    }
+    // A subnormal divisor would turn logits into infinities.
+    if sampling.temperature > 0.0 && sampling.temperature < 1e-3 {
+        return invalid("`temperature` must be 0 (greedy) or at least 0.001");
+    }
+    if !(sampling.top_p > 0.0 && sampling.top_p <= 1.0) {
+        return invalid("`top_p` must be above 0 and at most 1");
+    }
+    if !(0.0..=1.0).contains(&sampling.min_p) {
+        return invalid("`min_p` must be 0 to 1");
+    }
+    if sampling.stop.len() > STOPS_MAX {
+        return invalid("`stop` holds at most 16 texts");
+    }
+    if sampling.stop.iter().any(|stop| stop.is_empty() || stop.len() > STOP_BYTES_MAX) {
+        return invalid("a text of `stop` must have 1 to 256 bytes");
+    }
+    if sampling.constraint.is_some() {
+        return Err(LlmError::Unsupported("constrained sampling".to_owned()));
+    }
+    Ok(())
+}
+
+impl Session {
+    async fn answer(&self, call_index: u64, request: ChatRequest) -> Result<Completion, LlmError> {
+        if let Some(endpoint) = request.endpoint.filter(|endpoint| endpoint != "policy") {
+            return Err(LlmError::UnknownEndpoint(endpoint));
+        }
+        if request.messages.is_empty() {
+            return Err(LlmError::InvalidRequest("`messages` is empty".to_owned()));
+        }
+        let sampling = resolve(&self.info.sampling, request.sampling);
+        check(&sampling)?;
+        let prompt = self.encode(&request.messages, &request.tools)?;
+        let seed = match sampling.seed {
+            Some(seed) => Seed::new(seed),
+            None => self.info.seed.child("policy").child_index(call_index),
+        };
+        let ask = Request { prompt, sampling, seed, cache: Arc::downgrade(&self.cache) };
+        let not_trainable = sampler::is_truncated(&ask.sampling).then_some(NotTrainable::TruncatedSampling);
+        let attempt = self.info.attempt.clone();
+        let generated = self.generator.scheduler.ask(self.id, attempt, call_index, ask).await?;
+        Ok(self.complete(call_index, generated, not_trainable))
+    }
+
+    fn encode(&self, messages: &[Message], tools: &[fulgurite_core::llm::ToolSpec]) -> Result<Vec<u32>, LlmError> {
+        let context = self.generator.scheduler.published().shape.context_tokens_max;
+        let exceeded = |tokens: usize| LlmError::ContextLengthExceeded {
+            prompt_tokens: u32::try_from(tokens).unwrap_or(u32::MAX),
+            context_tokens_max: u32::try_from(context).unwrap_or(u32::MAX),
+        };
+        // A text of this length cannot fit whatever its tokens are: refused before any work goes into it.
+        let bytes: usize = messages.iter().map(|message| message.content.len()).sum();
+        let tokens_at_least = bytes / self.tokenizer.token_bytes_max();
+        if tokens_at_least > context {
+            return Err(exceeded(tokens_at_least));
+        }
+        let history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
+        let chat = self.tokenizer.encode_chat(messages, tools, true, |message| recorded(&history, message)).map_err(
+            |error| match error {
+                PolicyError::Template(text) => LlmError::InvalidRequest(text),
+                other => LlmError::Unavailable(other.to_string()),
+            },
+        )?;
+        if chat.ids.is_empty() {
+            return Err(LlmError::InvalidRequest("the prompt has no tokens".to_owned()));
+        }
+        if chat.ids.len() >= context {
+            return Err(exceeded(chat.ids.len()));
+        }
+        Ok(chat.ids)
+    }
+
+    fn complete(&self, call_index: u64, generated: Generated, not_trainable: Option<NotTrainable>) -> Completion {
+        let (text, tool_calls) = match generated.stop_at_byte {
+            // What stands before a stop text is text: markup that it cut in two is not a call.
+            Some(at) => {
+                let decoded = self.tokenizer.decode_bytes(&generated.completion);
+                (String::from_utf8_lossy(decoded.get(..at).unwrap_or(&decoded)).into_owned(), vec![])
+            }
+            None => self.tokenizer.parse_completion(&generated.completion, call_index),
+        };
+        let finish_reason = match generated.finish {
+            FinishReason::Stop if !tool_calls.is_empty() => FinishReason::ToolCalls,
+            other => other,
+        };
+        let response_id = ResponseId::of_call(&self.info.attempt, call_index);
+        let recorded = Recorded {
+            response_id: response_id.clone(),
+            text: text.clone(),
+            tool_calls: tool_calls.clone(),
+            ids: generated.completion.clone(),
+        };
+        self.history.lock().unwrap_or_else(PoisonError::into_inner).push(recorded);
+        let count = |ids: &[u32]| u32::try_from(ids.len()).unwrap_or(u32::MAX);
+        let usage = Usage { prompt_tokens: count(&generated.prompt), completion_tokens: count(&generated.completion) };
+        let processed_log_probs = if not_trainable.is_some() { generated.processed_log_probs } else { vec![] };
+        let tokens = TokenData {
+            prompt_ids: generated.prompt,
+            completion_ids: generated.completion,
+            log_probs: generated.log_probs,
+            processed_log_probs,
+            policy_version: generated.version,
+        };
+        Completion { text, tool_calls, finish_reason, usage, response_id, tokens: Some(tokens), not_trainable }
+    }
+}

@@ -1,0 +1,439 @@
+//! Byte-level BPE with control tokens and atoms.
+//!
+//! Text is never searched for control tokens: they have ids of their own that only the chat template can produce, so an
+//! agent or a tool that writes `<|end|>` has written seven characters. *Atoms* (numbers, ids) are kept whole: a pattern of
+//! the config isolates them, and each one found in the corpus gets a token. They enter the vocabulary beside the merges
+//! (`ignore_merges`), because a merge table learned from counts gives no guarantee that `R07` ends up as one token.
+
+use std::collections::{BTreeSet, HashMap};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use fulgurite_core::id::ContentHash;
+use fulgurite_core::llm::Role;
+use serde::{Deserialize, Serialize};
+use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
+use tokenizers::pre_tokenizers::PreTokenizerWrapper;
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::pre_tokenizers::sequence::Sequence;
+use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+use tokenizers::{
+    AddedToken, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, SplitDelimiterBehavior, Tokenizer,
+    Trainer,
+};
+
+use crate::error::PolicyError;
+use crate::template::ChatTemplate;
+
+/// Ends every message; the policy draws it to end its turn.
+pub(crate) const END: &str = "<|end|>";
+/// Opens a tool call inside an assistant message.
+pub(crate) const TOOL_CALL_OPEN: &str = "<tool_call>";
+/// Closes a tool call.
+pub(crate) const TOOL_CALL_CLOSE: &str = "</tool_call>";
+/// Control tokens in the order of their ids, from 0.
+pub(crate) const CONTROL_TOKENS: [&str; 7] =
+    [END, "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", TOOL_CALL_OPEN, TOOL_CALL_CLOSE];
+
+/// Distinct texts whose ids are remembered; the cache starts anew when it is full.
+const CACHE_ENTRIES_MAX: usize = 8_192;
+/// Longer texts are not remembered, in bytes.
+const CACHE_TEXT_BYTES_MAX: usize = 2_048;
+
+/// How a tokenizer is trained.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TokenizerConfig {
+    /// Most token ids: control tokens, 256 bytes, atoms and merges together. 512.
+    pub vocab_size: usize,
+    /// Regular expression of texts that must be one token each, such as `R\d{2}|\d{1,2}`; `None` has none.
+    pub atoms_pattern: Option<String>,
+}
+
+impl Default for TokenizerConfig {
+    fn default() -> Self {
+        Self { vocab_size: 512, atoms_pattern: None }
+    }
+}
+
+/// Tokenizer and chat template of one policy. Cheap to clone.
+#[derive(Clone)]
+pub struct PolicyTokenizer {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    tokenizer: Tokenizer,
+    /// The tokenizer's file, as written and hashed.
+    json: String,
+    template: ChatTemplate,
+    /// Bytes of every id.
+    bytes: Vec<Vec<u8>>,
+    control: [u32; CONTROL_TOKENS.len()],
+    token_bytes_max: usize,
+    cache: Mutex<HashMap<String, Arc<[u32]>>>,
+}
+
+impl std::fmt::Debug for PolicyTokenizer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PolicyTokenizer").field("vocabulary", &self.vocabulary()).finish_non_exhaustive()
+    }
+}
+
+fn failed(error: impl std::fmt::Display) -> PolicyError {
+    PolicyError::Tokenizer(error.to_string())
+}
+
+/// Splits text into atoms and words. One pattern for both: a second split could cut an atom in two.
+fn pre_tokenizer(atoms_pattern: Option<&str>) -> Result<PreTokenizerWrapper, PolicyError> {
+    let words = match atoms_pattern {
+        Some(atom) => format!(
+            r"(?:{atom})| ?(?:(?!(?:{atom}))[\p{{L}}\p{{N}}_])+| ?(?:(?!(?:{atom}))[^\s\p{{L}}\p{{N}}_])+|\s+(?!\S)|\s+"
+        ),
+        None => r" ?[\p{L}\p{N}_]+| ?[^\s\p{L}\p{N}_]+|\s+(?!\S)|\s+".to_owned(),
+    };
+    let split = Split::new(SplitPattern::Regex(words), SplitDelimiterBehavior::Isolated, false).map_err(|error| {
+        PolicyError::InvalidConfig {
+            field: "atoms_pattern",
+            value: atoms_pattern.unwrap_or_default().to_owned(),
+            reason: error.to_string(),
+        }
+    })?;
+    Ok(Sequence::new(vec![split.into(), ByteLevel::new(false, false, false).into()]).into())
+}
+
+/// The pieces of a text: (byte-level form, whether it is an atom).
+fn pieces(
+    text: &str,
+    splitter: &PreTokenizerWrapper,
+    is_atom: Option<&Split>,
+) -> Result<Vec<(String, bool)>, PolicyError> {
+    let mut split = PreTokenizedString::from(text);
+    splitter.pre_tokenize(&mut split).map_err(failed)?;
+    let mut all = Vec::new();
+    for (form, (start, end), _) in split.get_splits(OffsetReferential::Original, OffsetType::Byte) {
+        let whole = match (is_atom, text.get(start..end)) {
+            (Some(pattern), Some(piece)) => pattern.regex.find_iter(piece).next() == Some((0, piece.len())),
+            _ => false,
+        };
+        all.push((form.to_owned(), whole));
+    }
+    Ok(all)
+}
+
+impl PolicyTokenizer {
+    /// Trains a tokenizer on texts. The same texts and config give the same bytes.
+    ///
+    /// # Errors
+    /// When the pattern is not a regular expression, or the vocabulary cannot hold control tokens, bytes and atoms.
+    pub fn train(corpus: impl Iterator<Item = String>, config: &TokenizerConfig) -> Result<Self, PolicyError> {
+        let atoms_pattern = config.atoms_pattern.as_deref().filter(|pattern| !pattern.is_empty());
+        let splitter = pre_tokenizer(atoms_pattern)?;
+        let atom_split = atoms_pattern
+            .map(|pattern| {
+                let whole = SplitPattern::Regex(format!("(?:{pattern})"));
+                Split::new(whole, SplitDelimiterBehavior::Isolated, false).map_err(failed)
+            })
+            .transpose()?;
+
+        let mut atoms = BTreeSet::new();
+        let mut words = Vec::new();
+        for text in corpus {
+            for (form, is_atom) in pieces(&text, &splitter, atom_split.as_ref())? {
+                if is_atom {
+                    atoms.insert(form);
+                } else {
+                    words.push(form);
+                }
+            }
+        }
+        // Single bytes have a token already.
+        let atoms: Vec<String> = atoms.into_iter().filter(|atom| atom.chars().count() > 1).collect();
+        let needed = CONTROL_TOKENS.len() + 256 + atoms.len();
+        if config.vocab_size < needed {
+            return Err(PolicyError::InvalidConfig {
+                field: "vocab_size",
+                value: config.vocab_size.to_string(),
+                reason: format!("control tokens, bytes and {} atoms need {needed}", atoms.len()),
+            });
+        }
+
+        let control = CONTROL_TOKENS.map(|token| AddedToken::from(token, true).normalized(false));
+        let mut trainer = BpeTrainerBuilder::new()
+            .vocab_size(config.vocab_size - atoms.len())
+            .min_frequency(2)
+            .show_progress(false)
+            .special_tokens(control.to_vec())
+            .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
+            .build();
+        trainer.feed(words.into_iter(), |word| Ok(vec![word.to_owned()])).map_err(failed)?;
+        let mut model = BPE::default();
+        trainer.train(&mut model).map_err(failed)?;
+
+        // The model's fields are private, so its JSON form is where atoms are added.
+        let mut value = serde_json::to_value(&model).map_err(failed)?;
+        if let Some(fields) = value.as_object_mut() {
+            fields.insert("ignore_merges".to_owned(), true.into());
+            if let Some(vocabulary) = fields.get_mut("vocab").and_then(|vocabulary| vocabulary.as_object_mut()) {
+                for atom in atoms {
+                    let id = vocabulary.len();
+                    vocabulary.entry(atom).or_insert_with(|| id.into());
+                }
+            }
+        }
+        // Through text: its reader borrows strings, which a value does not lend.
+        let model: BPE = serde_json::from_str(&value.to_string()).map_err(failed)?;
+        let mut tokenizer = Tokenizer::new(model);
+        tokenizer.with_pre_tokenizer(Some(splitter));
+        tokenizer.with_decoder(Some(ByteLevel::new(false, false, false)));
+        tokenizer.add_special_tokens(&control);
+        let json = tokenizer.to_string(true).map_err(failed)?;
+        Self::from_parts(json, ChatTemplate::default_source().to_owned())
+    }
+
+    /// The tokenizer with another chat template: jinja source that sees `messages` (each with `role` and `content`),
+    /// `tools` (JSON texts) and `add_generation_prompt`. Contents are opaque to it: it decides where they stand, not what
+    /// they say.
+    ///
+    /// # Errors
+    /// When the template does not parse.
+    pub fn with_template(&self, source: &str) -> Result<Self, PolicyError> {
+        Self::from_parts(self.inner.json.clone(), source.to_owned())
+    }
+
+    fn from_parts(json: String, template: String) -> Result<Self, PolicyError> {
+        let mut tokenizer: Tokenizer = json.parse().map_err(failed)?;
+        // Texts are never searched for control tokens; see the module's head.
+        tokenizer.set_encode_special_tokens(true);
+        let id = |token: &str| {
+            tokenizer.token_to_id(token).ok_or_else(|| PolicyError::Tokenizer(format!("it lacks the token `{token}`")))
+        };
+        let mut control = [0; CONTROL_TOKENS.len()];
+        for (slot, token) in control.iter_mut().zip(CONTROL_TOKENS) {
+            *slot = id(token)?;
+        }
+        let byte_of = byte_alphabet();
+        let vocabulary = u32::try_from(tokenizer.get_vocab_size(true)).map_err(failed)?;
+        let mut bytes = Vec::new();
+        for id in 0..vocabulary {
+            let token = tokenizer.id_to_token(id).ok_or_else(|| failed(format!("it has no token of id {id}")))?;
+            let plain = CONTROL_TOKENS.contains(&token.as_str());
+            let spelled = token.chars().map(|c| byte_of.get(&c).copied()).collect::<Option<Vec<u8>>>();
+            bytes.push(if plain { token.into_bytes() } else { spelled.unwrap_or_else(|| token.into_bytes()) });
+        }
+        let template = ChatTemplate::new(template)?;
+        let token_bytes_max = bytes.iter().map(Vec::len).max().unwrap_or(0).max(1);
+        let cache = Mutex::default();
+        Ok(Self { inner: Arc::new(Inner { tokenizer, json, template, bytes, control, token_bytes_max, cache }) })
+    }
+
+    /// Reads `tokenizer.json` and `chat_template.jinja` of a folder; without the latter the built-in template is used.
+    ///
+    /// # Errors
+    /// When a file cannot be read or parsed, or the vocabulary lacks a control token.
+    pub fn load(dir: &Path) -> Result<Self, PolicyError> {
+        let path = dir.join("tokenizer.json");
+        let json = std::fs::read_to_string(&path).map_err(PolicyError::io(&path))?;
+        let path = dir.join("chat_template.jinja");
+        let template = match std::fs::read_to_string(&path) {
+            Ok(template) => template,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => ChatTemplate::default_source().to_owned(),
+            Err(error) => return Err(PolicyError::io(&path)(error)),
+        };
+        Self::from_parts(json, template)
+    }
+
+    /// Writes `tokenizer.json` and `chat_template.jinja` into a folder, synchronised with the disk.
+    ///
+    /// # Errors
+    /// When a file cannot be written.
+    pub fn save(&self, dir: &Path) -> Result<(), PolicyError> {
+        crate::checkpoint::write_file(&dir.join("tokenizer.json"), self.inner.json.as_bytes())?;
+        crate::checkpoint::write_file(&dir.join("chat_template.jinja"), self.inner.template.source().as_bytes())
+    }
+
+    /// Number of token ids.
+    #[must_use]
+    pub fn vocabulary(&self) -> usize {
+        self.inner.bytes.len()
+    }
+
+    /// Hash of tokenizer and template.
+    #[must_use]
+    pub fn hash(&self) -> ContentHash {
+        ContentHash::of(format!("{}\0{}", self.inner.json, self.inner.template.source()).as_bytes())
+    }
+
+    /// Token ids of plain text. Control tokens in it are ordinary characters.
+    ///
+    /// # Errors
+    /// When the tokenizer itself fails.
+    pub fn encode(&self, text: &str) -> Result<Arc<[u32]>, PolicyError> {
+        if let Some(ids) = self.cache().get(text) {
+            return Ok(ids.clone());
+        }
+        let encoding = self.inner.tokenizer.encode_fast(text, false).map_err(failed)?;
+        let ids: Arc<[u32]> = encoding.get_ids().into();
+        if text.len() <= CACHE_TEXT_BYTES_MAX {
+            let mut cache = self.cache();
+            if cache.len() >= CACHE_ENTRIES_MAX {
+                cache.clear();
+            }
+            cache.insert(text.to_owned(), ids.clone());
+        }
+        Ok(ids)
+    }
+
+    /// Text of token ids; bytes that are not UTF-8 become U+FFFD. Ids outside the vocabulary are left out.
+    #[must_use]
+    pub fn decode(&self, ids: &[u32]) -> String {
+        String::from_utf8_lossy(&self.decode_bytes(ids)).into_owned()
+    }
+
+    /// Bytes of token ids.
+    pub(crate) fn decode_bytes(&self, ids: &[u32]) -> Vec<u8> {
+        ids.iter().flat_map(|id| self.bytes(*id)).copied().collect()
+    }
+
+    /// Bytes of the longest token.
+    pub(crate) fn token_bytes_max(&self) -> usize {
+        self.inner.token_bytes_max
+    }
+
+    /// Bytes of one id; empty outside the vocabulary.
+    pub(crate) fn bytes(&self, id: u32) -> &[u8] {
+        self.inner.bytes.get(id as usize).map_or(&[], Vec::as_slice)
+    }
+
+    pub(crate) fn template(&self) -> &ChatTemplate {
+        &self.inner.template
+    }
+
+    /// The id of one of [`CONTROL_TOKENS`].
+    pub(crate) fn control(&self, token: &str) -> Option<u32> {
+        CONTROL_TOKENS.iter().position(|name| *name == token).and_then(|at| self.inner.control.get(at).copied())
+    }
+
+    /// The id that ends a message.
+    pub(crate) fn end(&self) -> u32 {
+        let [end, ..] = self.inner.control;
+        end
+    }
+
+    /// The ids that open and close a tool call.
+    pub(crate) fn tool_call(&self) -> (u32, u32) {
+        let [.., open, close] = self.inner.control;
+        (open, close)
+    }
+
+    /// A role's name in the template.
+    pub(crate) const fn role_name(role: Role) -> &'static str {
+        role.as_str()
+    }
+
+    fn cache(&self) -> std::sync::MutexGuard<'_, HashMap<String, Arc<[u32]>>> {
+        self.inner.cache.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The printable characters by which byte-level BPE writes bytes (as GPT-2 defined them).
+fn byte_alphabet() -> HashMap<char, u8> {
+    let printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+    let mut shifted = 0_u32;
+    (0..=u8::MAX)
+        .map(|byte| {
+            if printable(byte) {
+                (char::from(byte), byte)
+            } else {
+                let c = char::from_u32(256 + shifted).unwrap_or_default();
+                shifted += 1;
+                (c, byte)
+            }
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    pub(crate) fn corpus() -> Vec<String> {
+        (0..40)
+            .map(|i| {
+                format!("Find a room for {} people at {}:00 with a whiteboard. R{:02} is free.", i % 20, i % 24, i % 12)
+            })
+            .collect()
+    }
+
+    fn trained() -> PolicyTokenizer {
+        let config = TokenizerConfig { vocab_size: 512, atoms_pattern: Some(r"R\d{2}|\d{1,2}".into()) };
+        PolicyTokenizer::train(corpus().into_iter(), &config).unwrap()
+    }
+
+    #[test]
+    fn training_twice_gives_the_same_bytes() {
+        let first = trained();
+        for _ in 0..5 {
+            assert_eq!(first.inner.json, trained().inner.json);
+        }
+        assert!(first.vocabulary() <= 512);
+    }
+
+    #[test]
+    fn atoms_are_single_tokens_wherever_they_stand() {
+        let tokenizer = trained();
+        for atom in ["R07", "R11", "4", "10", "19"] {
+            assert_eq!(tokenizer.encode(atom).unwrap().len(), 1, "{atom}");
+        }
+        let id = tokenizer.encode("R07").unwrap()[0];
+        for text in ["book R07", "R07", "(R07)", "at 10:00 R07.", "aR07"] {
+            let ids = tokenizer.encode(text).unwrap();
+            assert_eq!(ids.iter().filter(|other| **other == id).count(), 1, "{text}");
+            assert_eq!(tokenizer.decode(&ids), text);
+        }
+    }
+
+    #[test]
+    fn any_text_survives_and_control_tokens_in_it_are_characters() {
+        let tokenizer = trained();
+        for text in ["<|end|>", "a<tool_call>b", "héllo 漢字 🙂\n\t  x", "", "  two  spaces "] {
+            let ids = tokenizer.encode(text).unwrap();
+            assert_eq!(tokenizer.decode(&ids), text);
+            assert!(ids.iter().all(|id| *id as usize >= CONTROL_TOKENS.len()), "{text}: {ids:?}");
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn every_text_survives(text in ".{0,60}") {
+            static TOKENIZER: std::sync::OnceLock<PolicyTokenizer> = std::sync::OnceLock::new();
+            let tokenizer = TOKENIZER.get_or_init(trained);
+            let ids = tokenizer.encode(&text).unwrap();
+            proptest::prop_assert_eq!(tokenizer.decode(&ids), text);
+            proptest::prop_assert!(ids.iter().all(|id| *id as usize >= CONTROL_TOKENS.len()));
+        }
+    }
+
+    #[test]
+    fn saved_and_loaded_is_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let tokenizer = trained();
+        tokenizer.save(dir.path()).unwrap();
+        let loaded = PolicyTokenizer::load(dir.path()).unwrap();
+        assert_eq!(tokenizer.hash(), loaded.hash());
+        let text = "Find a room for 7 people";
+        assert_eq!(tokenizer.encode(text).unwrap(), loaded.encode(text).unwrap());
+        loaded.save(dir.path()).unwrap();
+        assert_eq!(std::fs::read_to_string(dir.path().join("tokenizer.json")).unwrap(), tokenizer.inner.json);
+    }
+
+    #[test]
+    fn what_cannot_fit_is_refused() {
+        let small = TokenizerConfig { vocab_size: 100, atoms_pattern: None };
+        let error = PolicyTokenizer::train(corpus().into_iter(), &small).unwrap_err().to_string();
+        assert!(error.contains("vocab_size"), "{error}");
+        let broken = TokenizerConfig { vocab_size: 512, atoms_pattern: Some("(".into()) };
+        let error = PolicyTokenizer::train(corpus().into_iter(), &broken).unwrap_err().to_string();
+        assert!(error.contains("atoms_pattern"), "{error}");
+    }
+}

@@ -1,0 +1,326 @@
+//! Tests of the batch runner on every device: gradients against finite differences and each other.
+
+#![expect(clippy::float_cmp, reason = "bits are what is tested")]
+#![expect(clippy::cast_possible_truncation, reason = "test weights are f32")]
+
+use std::sync::Arc;
+
+use fulgurite_core::id::PolicyVersion;
+use fulgurite_core::seed::{Generator, Seed};
+use fulgurite_core::training::{Aggregation, KlEstimator, KlTerm, LossSpec, PolicyLoss, Stream, TrainingRow};
+
+use crate::config::{PolicyConfig, PolicyDevice};
+use crate::decoder::RotaryTable;
+use crate::loss::Normalisers;
+use crate::parameters::{Parameters, Values};
+use crate::train::{BatchRunner, Objective, Outcome};
+
+const VOCABULARY: usize = 61;
+const DEVICES: [PolicyDevice; 2] = [PolicyDevice::Cpu, PolicyDevice::Flex];
+
+fn config(device: PolicyDevice, kv_heads: usize, tied: bool) -> PolicyConfig {
+    PolicyConfig {
+        device,
+        d_model: Some(64),
+        layers: Some(2),
+        heads: Some(4),
+        kv_heads: Some(kv_heads),
+        d_ff: Some(48),
+        context_tokens_max: Some(32),
+        tie_embeddings: Some(tied),
+        initial_std: 0.2,
+        ..PolicyConfig::default()
+    }
+}
+
+fn parameters(config: &PolicyConfig, seed: u64) -> Arc<Parameters> {
+    Arc::new(Parameters::initial(&config.shape(VOCABULARY).unwrap(), config.initial_std, Seed::new(seed)))
+}
+
+fn runner(config: &PolicyConfig) -> BatchRunner {
+    BatchRunner::new(config, Arc::new(RotaryTable::new(&config.shape(VOCABULARY).unwrap()))).unwrap()
+}
+
+/// Ragged rows of both streams and several temperatures; log-probs are near those of `parameters`.
+fn rows(runner: &BatchRunner, parameters: &Arc<Parameters>, count: usize) -> Vec<TrainingRow> {
+    let mut generator = Generator::new(Seed::new(9));
+    let mut unit = || generator.below(2_001) as f32 / 1_000.0 - 1.0;
+    let mut rows: Vec<TrainingRow> = (0..count)
+        .map(|index| {
+            let len = 5 + (index * 7) % 24;
+            let ids =
+                (0..len).map(|at| u32::try_from((at * 13 + index * 29 + at * at) % VOCABULARY).unwrap()).collect();
+            let mask: Vec<bool> = (0..len).map(|at| at >= 3 && at % 5 != 0).collect();
+            TrainingRow {
+                sequence: u32::try_from(index / 2).unwrap(),
+                ids,
+                weights: mask.iter().map(|on| if *on { unit() } else { 0.0 }).collect(),
+                mask,
+                behaviour_log_probs: vec![0.0; len],
+                old_log_probs: vec![],
+                stream: if index % 3 == 2 { Stream::Ce } else { Stream::Rl },
+                temperature: if index % 4 == 1 { 0.7 } else { 1.0 },
+                policy_version: PolicyVersion(0),
+            }
+        })
+        .collect();
+    let log_probs = runner.run(parameters.clone(), rows.clone(), Objective::Forward).unwrap().log_probs;
+    for (row, known) in rows.iter_mut().zip(log_probs) {
+        row.behaviour_log_probs = known.log_probs.iter().map(|value| value + 0.15 * unit()).collect();
+        row.old_log_probs = known.log_probs.iter().map(|value| value + 0.15 * unit()).collect();
+    }
+    rows
+}
+
+fn objective(spec: &LossSpec, rows: &[TrainingRow], reference: Option<Arc<Parameters>>) -> Objective {
+    let normalisers = Normalisers::new(&spec.aggregation, rows).unwrap();
+    Objective::Loss { spec: spec.clone(), normalisers, reference }
+}
+
+fn run(runner: &BatchRunner, parameters: &Arc<Parameters>, rows: &[TrainingRow], spec: &LossSpec) -> Outcome {
+    runner.run(parameters.clone(), rows.to_vec(), objective(spec, rows, None)).unwrap()
+}
+
+fn largest_difference(a: &Values, b: &Values) -> f32 {
+    a.iter().flatten().zip(b.iter().flatten()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+fn largest(values: &Values) -> f32 {
+    values.iter().flatten().map(|v| v.abs()).fold(0.0, f32::max)
+}
+
+fn full_spec() -> LossSpec {
+    LossSpec {
+        policy_loss: PolicyLoss::Ppo { clip_low: 0.2, clip_high: 0.28, dual_clip: Some(3.0) },
+        aggregation: Aggregation::SequenceMeanTokenMean,
+        kl: None,
+        entropy_coefficient: 0.05,
+        importance_cap: Some(2.0),
+    }
+}
+
+/// The slope of the reported loss along a direction equals gradient times direction, for every kind of tensor.
+#[test]
+fn the_gradient_is_the_slope_of_the_loss() {
+    for device in DEVICES {
+        let unclipped = PolicyLoss::Ppo { clip_low: 0.9, clip_high: 9.0, dual_clip: None };
+        for (kv_heads, tied, policy_loss) in [(4, false, unclipped), (2, true, PolicyLoss::Reinforce)] {
+            let config = config(device, kv_heads, tied);
+            let (runner, parameters) = (runner(&config), parameters(&config, 1));
+            let reference = self::parameters(&config, 2);
+            let kl = Some(KlTerm { estimator: KlEstimator::K2, coefficient: 0.02 });
+            let spec = LossSpec { policy_loss, kl, ..full_spec() };
+            let rows = rows(&runner, &parameters, 11);
+            let evaluate = |parameters: Arc<Parameters>| {
+                runner.run(parameters, rows.clone(), objective(&spec, &rows, Some(reference.clone()))).unwrap()
+            };
+            let base = evaluate(parameters.clone());
+            let gradient = base.gradient.unwrap();
+            for (tensor, spec) in parameters.specs.iter().enumerate() {
+                // Along the gradient itself, so that the slope is as far from rounding as it can be.
+                let norm = gradient[tensor].iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
+                assert!(norm > 0.0, "{} has no gradient", spec.name);
+                let moved = |by: f64| {
+                    let mut moved = (*parameters).clone();
+                    for (weight, g) in moved.values[tensor].iter_mut().zip(&gradient[tensor]) {
+                        *weight += (by * f64::from(*g) / norm) as f32;
+                    }
+                    evaluate(Arc::new(moved)).report.loss
+                };
+                let slope = (moved(2e-2) - moved(-2e-2)) / 4e-2;
+                assert!((slope - norm).abs() < 0.02 * norm + 1e-5, "{}: slope {slope}, gradient {norm}", spec.name);
+            }
+        }
+    }
+}
+
+#[test]
+fn threads_do_not_change_a_bit() {
+    for device in DEVICES {
+        let base = config(device, 2, false);
+        let parameters = parameters(&base, 1);
+        let mut seen = vec![];
+        for threads in [1, 2, 3, 8] {
+            let runner = runner(&PolicyConfig { threads, ..base.clone() });
+            let rows = rows(&runner, &parameters, 40);
+            let outcome = run(&runner, &parameters, &rows, &full_spec());
+            seen.push((outcome.gradient.unwrap(), outcome.report));
+        }
+        assert!(seen.windows(2).all(|pair| pair[0] == pair[1]));
+    }
+}
+
+#[test]
+fn two_forwards_are_equal_and_equal_to_the_forward_of_training() {
+    for device in DEVICES {
+        let config = config(device, 4, false);
+        let (runner, parameters) = (runner(&config), parameters(&config, 1));
+        let mut rows = rows(&runner, &parameters, 20);
+        let forward = || runner.run(parameters.clone(), rows.clone(), Objective::Forward).unwrap().log_probs;
+        let (first, second) = (forward(), forward());
+        assert_eq!(first, second);
+        for (row, known) in rows.iter_mut().zip(&first) {
+            row.stream = Stream::Rl;
+            row.old_log_probs.clone_from(&known.log_probs);
+            row.behaviour_log_probs.clone_from(&known.log_probs);
+            for (at, on) in row.mask.iter().enumerate() {
+                assert_eq!(*on, known.log_probs[at] != 0.0, "values stand exactly where the mask is set");
+            }
+        }
+        let report = run(&runner, &parameters, &rows, &LossSpec::default()).report;
+        assert_eq!((report.mismatch_max, report.ratio_mean, report.ratio_max), (0.0, 1.0, 1.0));
+        assert_eq!((report.clip_fraction, report.approximate_kl), (0.0, 0.0));
+    }
+}
+
+#[test]
+fn split_order_and_padding_do_not_change_loss_or_gradient() {
+    for device in DEVICES {
+        let base = config(device, 4, false);
+        let parameters = parameters(&base, 1);
+        let whole = runner(&base);
+        let rows = rows(&whole, &parameters, 24);
+        for aggregation in [
+            Aggregation::TokenMean,
+            Aggregation::SequenceMeanTokenMean,
+            Aggregation::SequenceMeanTokenSum,
+            Aggregation::Constant { length: 16 },
+        ] {
+            let spec = LossSpec { aggregation, ..full_spec() };
+            let want = run(&whole, &parameters, &rows, &spec);
+            let want_gradient = want.gradient.unwrap();
+            let mut shuffled = rows.clone();
+            Generator::new(Seed::new(4)).shuffle(&mut shuffled);
+            for (shards, tokens, rows) in [(1, 100_000, &rows), (8, 7, &rows), (3, 64, &shuffled)] {
+                let runner =
+                    runner(&PolicyConfig { gradient_shards: shards, micro_batch_tokens_max: tokens, ..base.clone() });
+                let got = run(&runner, &parameters, rows, &spec);
+                let difference = largest_difference(&want_gradient, &got.gradient.unwrap());
+                assert!(difference < 2e-5 * largest(&want_gradient), "{difference}");
+                assert!((got.report.loss - want.report.loss).abs() < 1e-6);
+                assert_eq!(got.report.trained_tokens, want.report.trained_tokens);
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_masked_changes_nothing() {
+    for device in DEVICES {
+        let config = config(device, 4, false);
+        let (runner, parameters) = (runner(&config), parameters(&config, 1));
+        let rows = rows(&runner, &parameters, 8);
+        let mut other = rows.clone();
+        for row in &mut other {
+            for at in 0..row.ids.len() {
+                if !row.mask[at] {
+                    (row.weights[at], row.behaviour_log_probs[at], row.old_log_probs[at]) = (7.0, f32::NAN, -50.0);
+                }
+            }
+            // Nothing is predicted from the last token.
+            if !row.mask.last().unwrap() {
+                *row.ids.last_mut().unwrap() = 3;
+            }
+        }
+        crate::train::check_rows(&parameters.shape, &other).unwrap();
+        let (a, b) = (run(&runner, &parameters, &rows, &full_spec()), run(&runner, &parameters, &other, &full_spec()));
+        assert_eq!((a.gradient, a.report), (b.gradient, b.report));
+    }
+}
+
+#[test]
+fn given_derivatives_take_the_same_way_as_a_loss() {
+    for device in DEVICES {
+        let config = config(device, 4, false);
+        let (runner, parameters) = (runner(&config), parameters(&config, 1));
+        let mut rows = rows(&runner, &parameters, 8);
+        for row in &mut rows {
+            row.stream = Stream::Ce;
+        }
+        let trained: usize = rows.iter().map(crate::loss::trained_tokens).sum();
+        let derivatives: Vec<Vec<f32>> =
+            rows.iter().map(|row| row.weights.iter().map(|weight| -weight / trained as f32).collect()).collect();
+        let want = run(&runner, &parameters, &rows, &LossSpec::default()).gradient.unwrap();
+        let got = runner.run(parameters, rows, Objective::Derivatives(derivatives)).unwrap().gradient.unwrap();
+        assert!(largest_difference(&want, &got) < 1e-5 * largest(&want));
+    }
+}
+
+#[test]
+fn rows_without_trained_tokens_give_zeros() {
+    for device in DEVICES {
+        let config = config(device, 4, false);
+        let (runner, parameters) = (runner(&config), parameters(&config, 1));
+        let mut rows = rows(&runner, &parameters, 4);
+        for row in &mut rows {
+            row.mask.fill(false);
+        }
+        for rows in [rows, vec![]] {
+            let outcome = run(&runner, &parameters, &rows, &full_spec());
+            assert_eq!(largest(&outcome.gradient.unwrap()), 0.0);
+            assert_eq!((outcome.report.loss, outcome.report.trained_tokens), (0.0, 0));
+        }
+    }
+}
+
+#[test]
+fn rows_and_losses_that_do_not_fit_are_refused() {
+    let config = config(PolicyDevice::Cpu, 4, false);
+    let (runner, parameters) = (runner(&config), parameters(&config, 1));
+    let good = rows(&runner, &parameters, 1).remove(0);
+    let refused = |change: &dyn Fn(&mut TrainingRow)| {
+        let mut row = good.clone();
+        change(&mut row);
+        crate::train::check_rows(&parameters.shape, &[row]).unwrap_err().to_string()
+    };
+    assert!(crate::train::check_rows(&parameters.shape, std::slice::from_ref(&good)).is_ok());
+    assert!(refused(&|row| row.ids[0] = 9_999).contains("vocabulary"));
+    assert!(refused(&|row| row.weights[4] = f32::NAN).contains("weight"));
+    assert!(refused(&|row| row.behaviour_log_probs[4] = f32::NAN).contains("log-prob"));
+    assert!(refused(&|row| row.old_log_probs.truncate(2)).contains("one entry per id"));
+    assert!(refused(&|row| row.temperature = -1.0).contains("temperature"));
+    assert!(refused(&|row| row.ids = vec![1; 33]).contains("context"));
+    assert!(refused(&|row| row.stream = Stream::RefKl).contains("ref_kl"));
+    let ppo = |clip_low, clip_high| LossSpec {
+        policy_loss: PolicyLoss::Ppo { clip_low, clip_high, dual_clip: None },
+        ..LossSpec::default()
+    };
+    assert!(crate::train::check_loss(&ppo(f32::NAN, 0.2)).is_err());
+    assert!(crate::train::check_loss(&ppo(0.2, -0.1)).is_err());
+    assert!(crate::train::check_loss(&ppo(0.2, 0.28)).is_ok());
+}
+
+#[test]
+fn the_devices_agree_on_log_probs_gradients_and_reports() {
+    for (kv_heads, tied) in [(4, false), (2, true), (1, false)] {
+        let [(kernels, parameters), (burn, _)] = DEVICES.map(|device| {
+            let config = config(device, kv_heads, tied);
+            (runner(&config), self::parameters(&config, 1))
+        });
+        let reference = self::parameters(&config(PolicyDevice::Cpu, kv_heads, tied), 2);
+        let rows = rows(&kernels, &parameters, 30);
+        let kl = Some(KlTerm { estimator: KlEstimator::UnbiasedK3, coefficient: 0.1 });
+        let spec = LossSpec { kl, ..full_spec() };
+        let [a, b] = [&kernels, &burn].map(|runner| {
+            let log_probs = runner.run(parameters.clone(), rows.clone(), Objective::Forward).unwrap().log_probs;
+            let objective = objective(&spec, &rows, Some(reference.clone()));
+            (log_probs, runner.run(parameters.clone(), rows.clone(), objective).unwrap())
+        });
+        let flat = |outcome: &[fulgurite_core::training::RowLogProbs]| -> Vec<f32> {
+            outcome.iter().flat_map(|row| [row.log_probs.clone(), row.entropies.clone()].concat()).collect()
+        };
+        let difference = flat(&a.0).iter().zip(flat(&b.0)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(difference < 2e-5, "log-probs: {difference}");
+        let (gradient, other) = (a.1.gradient.unwrap(), b.1.gradient.unwrap());
+        let difference = largest_difference(&gradient, &other);
+        assert!(difference < 1e-4 * largest(&gradient), "gradient: {difference} of {}", largest(&gradient));
+        for (a, b) in [
+            (a.1.report.loss, b.1.report.loss),
+            (a.1.report.entropy, b.1.report.entropy),
+            (a.1.report.reference_kl, b.1.report.reference_kl),
+            (a.1.report.ratio_mean, b.1.report.ratio_mean),
+        ] {
+            assert!((a - b).abs() < 1e-5 * a.abs().max(1.0), "{a} {b}");
+        }
+    }
+}
