@@ -1,1 +1,14 @@
-//! fulgurite-runner
+//! Runs rollouts: claim, run, grade, record.
+//!
+//! The only place that spawns rollouts. A [`Runner`] takes jobs in order, keeps at most a set number of attempts alive,
+//! retries what can recover, and commits finished attempts to the store in groups, so that one disk flush serves many. A
+//! rollout that the store knows as finished is answered from the store and not run again: that is what makes a repeated
+//! step of a training run cheap and safe.
+
+mod commit;
+pub mod run;
+pub mod scripted;
+mod templates;
+
+pub use run::{Batch, Job, Plugins, RolloutResult, Runner, RunnerError, RunnerSettings};
+pub use templates::JinjaRenderer;
