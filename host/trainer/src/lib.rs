@@ -1,1 +1,27 @@
-//! fulgurite-trainer
+//! Joins the pieces for one training run: config, datasets, stages, algorithm plugins, checkpoints, evaluation.
+
+mod checkpoint;
+pub mod config;
+mod dataset;
+mod error;
+mod evaluate;
+mod host;
+pub mod metrics;
+mod plot;
+pub mod progress;
+mod report;
+mod run;
+mod run_directory;
+mod setup;
+mod tensorboard;
+mod train;
+
+pub use checkpoint::{CheckpointError, Totals};
+pub use dataset::DatasetError;
+pub use error::TrainError;
+pub use evaluate::{Evaluation, Score};
+pub use plot::PlotError;
+pub use report::{RunResult, StageReport};
+pub use run::{RunOptions, run};
+pub use run_directory::RunDirectory;
+pub use train::{INITIAL, TrainOptions, train};

@@ -1,0 +1,466 @@
+//! The one TOML file that says all of a run.
+//!
+//! Three types of the same thing are kept apart: the text, [`RunConfig`] (the text parsed, nothing looked up) and the pieces
+//! that [`RunConfig::load`] has checked and whose paths it has made absolute. Unknown keys are errors: a misspelt limit
+//! that is silently ignored is worse than a run that does not start.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use fulgurite_core::dataset::Split;
+use fulgurite_core::limits::Limits;
+use fulgurite_core::llm::Sampling;
+use fulgurite_core::outcome::{Blame, OutcomeKind};
+use fulgurite_core::reward::RewardSource;
+use fulgurite_policy::PolicyConfig;
+use fulgurite_runner::scripted::Script;
+use serde::{Deserialize, Serialize};
+
+/// A run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunConfig {
+    /// Names the run's folder.
+    pub name: String,
+    /// Seed from which everything random follows.
+    #[serde(default)]
+    pub seed: u64,
+    /// The agent.
+    pub agent: PluginConfig,
+    /// The grader. Without one only rewards of other accepted sources count.
+    #[serde(default)]
+    pub grader: Option<PluginConfig>,
+    /// Tools by name.
+    #[serde(default)]
+    pub tools: BTreeMap<String, PluginConfig>,
+    /// Datasets by name.
+    pub dataset: BTreeMap<String, DatasetConfig>,
+    /// Prompt templates by name: the first version of the run's resources.
+    #[serde(default)]
+    pub templates: BTreeMap<String, String>,
+    /// The model.
+    pub policy: PolicySection,
+    /// How rollouts run.
+    #[serde(default)]
+    pub rollout: RolloutConfig,
+    /// Limits of every sandbox.
+    #[serde(default)]
+    pub limits: Limits,
+    /// Held-out evaluation, by the host alone.
+    pub evaluation: EvaluationConfig,
+    /// Checkpoints.
+    #[serde(default)]
+    pub checkpoint: CheckpointConfig,
+    /// What is done, in order.
+    #[serde(default)]
+    pub stage: Vec<StageConfig>,
+    /// Further training runs that the result is compared with.
+    #[serde(default)]
+    pub control: Vec<StageConfig>,
+    /// Scripted policies that the result is compared with.
+    #[serde(default)]
+    pub baseline: Vec<BaselineConfig>,
+    /// Switches for controls of an experiment.
+    #[serde(default)]
+    pub experiment: ExperimentConfig,
+}
+
+/// A component.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PluginConfig {
+    /// Path of the `.wasm` file, relative to the config file.
+    pub component: PathBuf,
+}
+
+/// A dataset: one JSONL file per split, one item `{id, input, world, reference}` per line.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DatasetConfig {
+    /// Trained on.
+    #[serde(default)]
+    pub train: Option<PathBuf>,
+    /// Looked at by algorithms.
+    #[serde(default)]
+    pub val: Option<PathBuf>,
+    /// Drawn by the host only.
+    #[serde(default)]
+    pub test: Option<PathBuf>,
+}
+
+/// Which model answers: one of the two, as `[policy.local]` or `[policy.scripted]`.
+///
+/// Two options instead of an enum: serde buffers what it reads into an enum, and an error would not know its place any more.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PolicySection {
+    /// A model that this run trains, from random weights.
+    #[serde(default)]
+    pub local: Option<LocalPolicyConfig>,
+    /// Scripted answers; nothing can be trained.
+    #[serde(default)]
+    pub scripted: Option<Script>,
+}
+
+/// A model that starts from random weights.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LocalPolicyConfig {
+    /// Shape, device and threads.
+    #[serde(default)]
+    pub model: PolicyConfig,
+    /// The tokenizer that is trained for it.
+    pub tokenizer: TokenizerSection,
+}
+
+/// How the tokenizer is trained.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenizerSection {
+    /// Datasets whose training splits are the corpus: all text of inputs and of messages in references.
+    pub corpus: Vec<String>,
+    /// Most tokens, special ones included.
+    #[serde(default = "default_vocab_size")]
+    pub vocab_size: usize,
+    /// Regular expression of texts that must each be one token (numbers, ids).
+    #[serde(default)]
+    pub atoms_pattern: Option<String>,
+}
+
+fn default_vocab_size() -> usize {
+    512
+}
+
+/// How rollouts run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RolloutConfig {
+    /// Attempts alive at once. 256: two batches of 128 fit, and a live small agent costs about 60 KB.
+    pub live_max: usize,
+    /// Attempts of one rollout, the first included. 3: enough for an endpoint that hiccups.
+    pub attempts_max: u32,
+    /// Sampling of the policy where neither agent nor algorithm says otherwise.
+    pub sampling: Sampling,
+    /// Sources whose rewards count in baselines and losses.
+    pub reward_accept: Vec<RewardSource>,
+    /// Reward that the host adds for an outcome that is blamed on the policy, by kind; 0 where not named.
+    pub outcome_reward: BTreeMap<OutcomeKind, f64>,
+    /// Share of rollouts of one batch that may fail for reasons that are not the policy's before the run stops. 0.2.
+    pub fault_share_max: f64,
+}
+
+impl Default for RolloutConfig {
+    fn default() -> Self {
+        Self {
+            live_max: 256,
+            attempts_max: 3,
+            sampling: Sampling::default(),
+            reward_accept: vec![RewardSource::Grader, RewardSource::Host],
+            outcome_reward: BTreeMap::new(),
+            fault_share_max: 0.2,
+        }
+    }
+}
+
+/// Held-out evaluation.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EvaluationConfig {
+    /// Name of the dataset; its `test` split is used.
+    pub dataset: String,
+    /// Rollouts at temperature 1. 512: a standard error of about 0.02.
+    #[serde(default = "default_evaluation_rollouts")]
+    pub sampled_rollouts: usize,
+    /// Greedy rollouts.
+    #[serde(default = "default_evaluation_rollouts")]
+    pub greedy_rollouts: usize,
+    /// Reward dimension that is reported.
+    #[serde(default = "default_dimension")]
+    pub dimension: String,
+    /// Share of infrastructure faults above which an evaluation is void. 0.01.
+    #[serde(default = "default_infrastructure_share_max")]
+    pub infrastructure_share_max: f64,
+}
+
+fn default_evaluation_rollouts() -> usize {
+    512
+}
+
+fn default_dimension() -> String {
+    fulgurite_core::reward::DEFAULT_DIMENSION.to_owned()
+}
+
+fn default_infrastructure_share_max() -> f64 {
+    0.01
+}
+
+/// Checkpoints.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CheckpointConfig {
+    /// Steps between two checkpoints. 5: a checkpoint of the tiny model takes about as long as a tenth of a step.
+    pub every_steps: u64,
+    /// Checkpoints kept. 2: the newest, and one that is certainly whole.
+    pub keep: usize,
+}
+
+impl Default for CheckpointConfig {
+    fn default() -> Self {
+        Self { every_steps: 5, keep: 2 }
+    }
+}
+
+/// A stage of the pipeline: one algorithm until it says that it is done.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StageConfig {
+    /// Unique name; a part of rollout ids and metric rows.
+    pub name: String,
+    /// Path of the algorithm's component, relative to the config file.
+    pub algorithm: PathBuf,
+    /// Name of the dataset that it draws from.
+    pub dataset: String,
+    /// What it is granted beyond the default.
+    #[serde(default)]
+    pub grants: Vec<AlgorithmGrant>,
+    /// Name of the stage whose final weights it starts from (`initial`: the random ones). A stage goes on from the stage
+    /// before it when nothing is said; a control must say it.
+    #[serde(default)]
+    pub start_from: Option<String>,
+    /// Name of the stage whose number of trained tokens it may use: it ends with the step that reaches it.
+    #[serde(default)]
+    pub tokens_of: Option<String>,
+    /// Its own config, merged over its defaults.
+    #[serde(default)]
+    pub config: toml::Table,
+}
+
+/// What an algorithm may be granted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AlgorithmGrant {
+    /// It sees the references of its dataset's items.
+    ReadReference,
+}
+
+/// A scripted policy for comparison, on the held-out items.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BaselineConfig {
+    /// Name in the table.
+    pub name: String,
+    /// What it answers.
+    pub script: Script,
+}
+
+/// Switches for controls.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ExperimentConfig {
+    /// Gives every graded rollout of a training batch the reward of another one: nothing can be learned from that.
+    pub shuffle_rewards: bool,
+}
+
+/// Why a config was refused. Names the file and, where there is one, the place in it.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read config `{path}`")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The text is not what is expected.
+    #[error("config `{path}`: {message}")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, with the keys that are known.
+        message: String,
+        /// The whole text, to point into.
+        text: String,
+        /// Byte range of the place.
+        span: Option<std::ops::Range<usize>>,
+    },
+    /// A value that parses and makes no sense.
+    #[error("config `{path}`: `{field}`: {problem}")]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// The field, as a dotted path.
+        field: String,
+        /// What is wrong and what would be right.
+        problem: String,
+    },
+}
+
+impl RunConfig {
+    /// Reads, parses and checks a config file and makes its paths absolute.
+    ///
+    /// # Errors
+    /// When the file cannot be read, has an unknown or missing key, or a value makes no sense.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text =
+            std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_path_buf(), source })?;
+        let mut config = Self::parse(path, &text)?;
+        let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let folder =
+            std::path::absolute(folder).map_err(|source| ConfigError::Read { path: path.to_path_buf(), source })?;
+        config.resolve(&folder);
+        config.check_files(path)?;
+        Ok(config)
+    }
+
+    /// Parses and checks text; `path` is for messages only.
+    ///
+    /// # Errors
+    /// When a key is unknown or missing, or a value makes no sense.
+    pub fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
+        let config: Self = toml::from_str(text).map_err(|error| ConfigError::Parse {
+            path: path.to_path_buf(),
+            message: error.message().to_owned(),
+            text: text.to_owned(),
+            span: error.span(),
+        })?;
+        config.check().map_err(|(field, problem)| ConfigError::Invalid { path: path.to_path_buf(), field, problem })?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), (String, String)> {
+        let fail = |field: &str, problem: String| Err((field.to_owned(), problem));
+        if let Err(error) = fulgurite_core::id::RolloutId::derived(&self.name, 0, 0) {
+            return fail("name", error.to_string());
+        }
+        let mut names = std::collections::BTreeSet::from(["initial"]);
+        let stages = self.stage.iter().map(|stage| ("stage", stage));
+        let controls = self.control.iter().map(|control| ("control", control));
+        for (kind, stage) in stages.chain(controls) {
+            if fulgurite_core::id::RolloutId::derived(&format!("eval-{}-sampled", stage.name), 0, 0).is_err() {
+                return fail(&format!("{kind}.name"), format!("`{}` is not usable in a rollout id", stage.name));
+            }
+            if stage.name.starts_with("eval-") {
+                return fail(&format!("{kind}.name"), "names that begin with `eval-` are the host's".to_owned());
+            }
+            if !names.insert(&stage.name) {
+                return fail(&format!("{kind}.name"), format!("`{}` is used twice", stage.name));
+            }
+            if !self.dataset.contains_key(&stage.dataset) {
+                return fail(&format!("{kind}.{}.dataset", stage.name), self.unknown_dataset(&stage.dataset));
+            }
+        }
+        let known = |name: &String| name == "initial" || self.stage.iter().any(|stage| stage.name == *name);
+        for (kind, stage) in self.stage.iter().map(|s| ("stage", s)).chain(self.control.iter().map(|c| ("control", c)))
+        {
+            for (key, name) in [("start_from", &stage.start_from), ("tokens_of", &stage.tokens_of)] {
+                if let Some(name) = name.as_ref().filter(|name| !known(name)) {
+                    return fail(&format!("{kind}.{}.{key}", stage.name), format!("there is no stage `{name}`"));
+                }
+            }
+            if kind == "control" && stage.start_from.is_none() {
+                let problem = "missing; name the stage whose weights the control starts from, or `initial`";
+                return fail(&format!("control.{}.start_from", stage.name), problem.to_owned());
+            }
+        }
+        match self.dataset.get(&self.evaluation.dataset) {
+            None => return fail("evaluation.dataset", self.unknown_dataset(&self.evaluation.dataset)),
+            Some(dataset) if dataset.test.is_none() => {
+                return fail("evaluation.dataset", format!("dataset `{}` has no `test`", self.evaluation.dataset));
+            }
+            Some(_) => {}
+        }
+        if self.policy.local.is_some() == self.policy.scripted.is_some() {
+            return fail("policy", "say one of [policy.local] and [policy.scripted]".to_owned());
+        }
+        if let Some(local) = &self.policy.local
+            && let Some(name) = local.tokenizer.corpus.iter().find(|name| !self.dataset.contains_key(*name))
+        {
+            return fail("policy.local.tokenizer.corpus", self.unknown_dataset(name));
+        }
+        if self.policy.scripted.is_some() && !(self.stage.is_empty() && self.control.is_empty()) {
+            return fail("policy.scripted", "a scripted policy cannot be trained; remove the stages".to_owned());
+        }
+        for (kind, value) in &self.rollout.outcome_reward {
+            if kind.blame() != Some(Blame::Policy) {
+                let field = format!("rollout.outcome_reward.{}", kind.as_str());
+                return fail(&field, "only outcomes that are blamed on the policy have a reward".to_owned());
+            }
+            if !value.is_finite() {
+                let field = format!("rollout.outcome_reward.{}", kind.as_str());
+                return fail(&field, format!("{value} is not a finite number"));
+            }
+        }
+        if self.rollout.live_max == 0 {
+            return fail("rollout.live_max", "must be at least 1".to_owned());
+        }
+        if self.rollout.attempts_max == 0 {
+            return fail("rollout.attempts_max", "must be at least 1".to_owned());
+        }
+        if self.checkpoint.every_steps == 0 || self.checkpoint.keep == 0 {
+            return fail("checkpoint", "`every_steps` and `keep` must be at least 1".to_owned());
+        }
+        Ok(())
+    }
+
+    fn unknown_dataset(&self, name: &str) -> String {
+        let known: Vec<_> = self.dataset.keys().map(String::as_str).collect();
+        format!("there is no dataset `{name}`; known: {}", known.join(", "))
+    }
+
+    fn resolve(&mut self, folder: &Path) {
+        let stages = self.stage.iter_mut().chain(&mut self.control);
+        let paths = stages
+            .map(|stage| &mut stage.algorithm)
+            .chain(std::iter::once(&mut self.agent.component))
+            .chain(self.grader.iter_mut().map(|plugin| &mut plugin.component))
+            .chain(self.tools.values_mut().map(|plugin| &mut plugin.component))
+            .chain(self.dataset.values_mut().flat_map(|set| [&mut set.train, &mut set.val, &mut set.test]).flatten());
+        for path in paths {
+            *path = normalise(&folder.join(&*path));
+        }
+    }
+
+    fn check_files(&self, config: &Path) -> Result<(), ConfigError> {
+        let stages = self.stage.iter().chain(&self.control);
+        let mut files: Vec<(String, &PathBuf, &str)> =
+            vec![("agent.component".to_owned(), &self.agent.component, BUILD)];
+        files.extend(self.grader.iter().map(|plugin| ("grader.component".to_owned(), &plugin.component, BUILD)));
+        files.extend(self.tools.iter().map(|(name, tool)| (format!("tools.{name}.component"), &tool.component, BUILD)));
+        files.extend(stages.map(|stage| (format!("stage.{}.algorithm", stage.name), &stage.algorithm, BUILD)));
+        for (name, set) in &self.dataset {
+            for (split, path) in [(Split::Train, &set.train), (Split::Val, &set.val), (Split::Test, &set.test)] {
+                files.extend(path.iter().map(|path| (format!("dataset.{name}.{}", split.as_str()), path, GENERATE)));
+            }
+        }
+        for (field, path, hint) in files {
+            if !path.is_file() {
+                return Err(ConfigError::Invalid {
+                    path: config.to_path_buf(),
+                    field,
+                    problem: format!("there is no file `{}`; {hint}", path.display()),
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+const BUILD: &str = "build it with `fulgurite build DIR`, or `cargo xtask guests` for those of this repository";
+const GENERATE: &str = "the example's README says how its data is made";
+
+/// Removes `.` and `..` where that needs no look at the disk, for messages that people can read.
+fn normalise(path: &Path) -> PathBuf {
+    let mut clean = PathBuf::new();
+    for part in path.components() {
+        match part {
+            std::path::Component::CurDir => {}
+            std::path::Component::ParentDir if clean.file_name().is_some() => {
+                clean.pop();
+            }
+            other => clean.push(other),
+        }
+    }
+    clean
+}

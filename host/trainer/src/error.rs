@@ -1,0 +1,135 @@
+//! Why a run stopped.
+
+use std::path::PathBuf;
+
+use fulgurite_core::id::InvalidId;
+use fulgurite_policy::PolicyError;
+use fulgurite_runner::RunnerError;
+use fulgurite_runner::scripted::ScriptError;
+use fulgurite_sandbox::{AlgorithmFault, PluginError, SandboxError};
+use fulgurite_store::StoreError;
+
+use crate::checkpoint::CheckpointError;
+use crate::config::ConfigError;
+use crate::dataset::DatasetError;
+use crate::plot::PlotError;
+
+/// Why a run stopped. What was committed stays; `--resume` goes on from there.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// The config is wrong.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A dataset is wrong.
+    #[error(transparent)]
+    Dataset(#[from] DatasetError),
+    /// A component cannot be loaded.
+    #[error(transparent)]
+    Plugin(#[from] PluginError),
+    /// The sandbox cannot be set up.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
+    /// A script is wrong.
+    #[error("the script of `{name}`")]
+    Script {
+        /// Whose script.
+        name: String,
+        /// Why.
+        #[source]
+        source: ScriptError,
+    },
+    /// The policy engine failed.
+    #[error("the policy engine failed")]
+    Policy(#[from] PolicyError),
+    /// The store failed.
+    #[error("the store failed")]
+    Store(#[from] StoreError),
+    /// Rollouts could not be run.
+    #[error("rollouts could not be run")]
+    Runner(#[from] RunnerError),
+    /// A name cannot be used in ids.
+    #[error(transparent)]
+    Id(#[from] InvalidId),
+    /// A checkpoint could not be written or read.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// A plot could not be drawn.
+    #[error(transparent)]
+    Plot(#[from] PlotError),
+    /// The algorithm plugin failed.
+    #[error("stage `{stage}`, step {step}: the algorithm failed")]
+    Algorithm {
+        /// Name of the stage.
+        stage: String,
+        /// The step, from 0.
+        step: u64,
+        /// Why.
+        #[source]
+        source: AlgorithmFault,
+    },
+    /// A file of the run could not be written or read.
+    #[error("`{path}`")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Too many infrastructure faults in an evaluation.
+    #[error("the evaluation of `{label}` is void: {:.1} % of its rollouts failed by infrastructure, at most {:.1} % may", share * 100.0, share_max * 100.0)]
+    EvaluationVoid {
+        /// What was evaluated.
+        label: String,
+        /// The share.
+        share: f64,
+        /// `evaluation.infrastructure_share_max`.
+        share_max: f64,
+    },
+    /// The run's folder is there already.
+    #[error("the run folder `{path}` has a run already; go on with it by `--resume`, or choose another by `--run DIR`")]
+    RunExists {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// There is nothing to go on with.
+    #[error("the run folder `{path}` has no run to resume; start it without `--resume`")]
+    NothingToResume {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// The config is not that of the run.
+    #[error(
+        "`{path}` was written by another config or seed; resume with the config that started the run, or choose another folder by `--run DIR`"
+    )]
+    ConfigChanged {
+        /// The stored config.
+        path: PathBuf,
+    },
+    /// A resumed run needs the components that started it.
+    #[error(
+        "a rollout of this run was recorded with other components; rebuild those that started it, or start a new run"
+    )]
+    ComponentsChanged,
+    /// A dataset has no items of a split that is needed.
+    #[error("dataset `{dataset}` has no `{split}` split")]
+    MissingSplit {
+        /// The dataset.
+        dataset: String,
+        /// The split.
+        split: &'static str,
+    },
+    /// A config that was not checked has no model.
+    #[error("the config has neither [policy.local] nor [policy.scripted]")]
+    NoPolicy,
+    /// Asked to stop.
+    #[error("stopped on request; go on with `--resume`")]
+    Stopped,
+}
+
+impl TrainError {
+    pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { path, source }
+    }
+}

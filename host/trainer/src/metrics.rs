@@ -1,0 +1,143 @@
+//! Metrics of a run: one JSON line per step, the same as TensorBoard events, and wall-clock times apart from both.
+//!
+//! `metrics.jsonl` holds nothing that depends on the machine's speed, so one config and seed give the same bytes.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::run_directory::RunDirectory;
+use crate::tensorboard::EventWriter;
+
+/// Longest name of a metric in bytes.
+pub const NAME_BYTES_MAX: usize = 64;
+
+/// One line of `metrics.jsonl`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct MetricRow {
+    /// Name of the stage or control.
+    pub stage: String,
+    /// Step, from 0.
+    pub step: u64,
+    /// Scalars by name.
+    pub scalars: BTreeMap<String, f64>,
+    /// Lines of text.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
+}
+
+/// Checks a metric that a plugin hands over.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn check(name: &str, value: f64) -> Result<(), String> {
+    let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'_' | b'/' | b'-');
+    if name.is_empty() || name.len() > NAME_BYTES_MAX || !name.bytes().all(allowed) {
+        let shown: String = name.chars().take(NAME_BYTES_MAX).filter(|c| !c.is_control()).collect();
+        return Err(format!("metric name `{shown}`: use 1 to {NAME_BYTES_MAX} of a-z, 0-9, `_`, `/`, `-`"));
+    }
+    if !value.is_finite() {
+        return Err(format!("metric `{name}` is {value}, which is not a finite number"));
+    }
+    Ok(())
+}
+
+/// Writes metrics.
+#[derive(Debug)]
+pub struct MetricWriter {
+    metrics: File,
+    timings: File,
+    events: EventWriter,
+    bytes: u64,
+}
+
+impl MetricWriter {
+    /// Opens the files of a run, and cuts `metrics.jsonl` back to `bytes`: what a crash left behind the last checkpoint is
+    /// written again.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn open(run: &RunDirectory, bytes: u64) -> std::io::Result<Self> {
+        let mut metrics = OpenOptions::new().create(true).truncate(false).write(true).open(run.metrics())?;
+        metrics.set_len(bytes)?;
+        metrics.seek(SeekFrom::End(0))?;
+        let timings = OpenOptions::new().create(true).append(true).open(run.timings())?;
+        Ok(Self { metrics, timings, events: EventWriter::create(&run.tensorboard())?, bytes })
+    }
+
+    /// Writes one step.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn write(&mut self, row: &MetricRow, seconds: &BTreeMap<&'static str, f64>) -> std::io::Result<()> {
+        let mut line = serde_json::to_vec(row)?;
+        line.push(b'\n');
+        self.metrics.write_all(&line)?;
+        self.bytes += line.len() as u64;
+        let mut line =
+            serde_json::to_vec(&serde_json::json!({"stage": row.stage, "step": row.step, "seconds": seconds}))?;
+        line.push(b'\n');
+        self.timings.write_all(&line)?;
+        let tagged = row.scalars.iter().map(|(name, value)| (format!("{}/{name}", row.stage), *value));
+        self.events.write(row.step, tagged)
+    }
+
+    /// Makes everything written durable and returns the length of `metrics.jsonl`.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn sync(&mut self) -> std::io::Result<u64> {
+        self.metrics.sync_data()?;
+        Ok(self.bytes)
+    }
+}
+
+/// Reads the metrics of a run.
+///
+/// # Errors
+/// When the file cannot be read or a line is not a row.
+pub fn read(path: &Path) -> std::io::Result<Vec<MetricRow>> {
+    let mut rows = vec![];
+    for line in BufReader::new(File::open(path)?).lines() {
+        rows.push(serde_json::from_str(&line?)?);
+    }
+    Ok(rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reopening_cuts_what_a_crash_left_and_goes_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDirectory::new(folder.path());
+        let row = |step| MetricRow {
+            stage: "grpo".to_owned(),
+            step,
+            scalars: BTreeMap::from([("reward".to_owned(), 0.5)]),
+            notes: vec![],
+        };
+        let mut writer = MetricWriter::open(&run, 0).unwrap();
+        writer.write(&row(0), &BTreeMap::new()).unwrap();
+        let committed = writer.sync().unwrap();
+        writer.write(&row(1), &BTreeMap::new()).unwrap();
+        drop(writer);
+        let mut writer = MetricWriter::open(&run, committed).unwrap();
+        writer.write(&row(1), &BTreeMap::new()).unwrap();
+        writer.sync().unwrap();
+        assert_eq!(read(&run.metrics()).unwrap(), [row(0), row(1)]);
+    }
+
+    #[test]
+    fn names_and_values_of_plugins_are_checked() {
+        assert!(check("reward/mean", 1.0).is_ok());
+        for (name, value) in [("", 0.0), ("Bad name", 0.0), ("x\u{1b}[2J", 0.0), ("x", f64::NAN), ("x", f64::INFINITY)]
+        {
+            assert!(check(name, value).is_err(), "{name:?} {value}");
+        }
+    }
+}

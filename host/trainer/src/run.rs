@@ -1,0 +1,56 @@
+//! Rollouts and evaluation without training.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use fulgurite_policy::PolicyEngine;
+
+use crate::config::RunConfig;
+use crate::error::TrainError;
+use crate::evaluate::Evaluation;
+use crate::progress::ProgressSink;
+use crate::run_directory::{RunDirectory, write_atomically};
+use crate::setup::Setup;
+
+/// How to run.
+#[derive(Debug, Clone)]
+pub struct RunOptions {
+    /// The run's folder. Rollouts that it already holds are not run again.
+    pub run: PathBuf,
+    /// Weights to evaluate, a folder under `policies/` of a training run; `None`: what the config says (random weights, or
+    /// its script).
+    pub policy: Option<PathBuf>,
+    /// Folder of compiled components.
+    pub cache: Option<PathBuf>,
+}
+
+/// Evaluates the config's policy on the held-out items, sampled and greedy, and records every rollout.
+///
+/// # Errors
+/// See [`TrainError`].
+pub async fn run(
+    mut config: RunConfig,
+    options: RunOptions,
+    progress: Arc<dyn ProgressSink>,
+) -> Result<Evaluation, TrainError> {
+    // Nothing is trained here, so algorithms need not be built.
+    config.stage.clear();
+    config.control.clear();
+    let run = RunDirectory::new(&options.run);
+    std::fs::create_dir_all(run.root()).map_err(TrainError::io(run.root()))?;
+    let text = toml::to_string(&config).unwrap_or_default();
+    write_atomically(&run.config(), text.as_bytes()).map_err(TrainError::io(run.config()))?;
+    let setup = Setup::new(config, run, options.cache).await?;
+    if let (Some(path), Some(engine)) = (&options.policy, setup.model.engine()) {
+        engine.restore(path).await?;
+    }
+    let version = setup.model.engine().map(PolicyEngine::version).unwrap_or_default();
+    let label = if setup.model.engine().is_some() { "policy" } else { "scripted" };
+    let evaluator = setup.evaluator(&*progress);
+    let sampling = &setup.config.rollout.sampling;
+    let found = evaluator.evaluate(label, sampling, &setup.model.backend(), version).await?;
+    let path = setup.run.result();
+    let text = serde_json::to_vec_pretty(&found).unwrap_or_default();
+    write_atomically(&path, &text).map_err(TrainError::io(&path))?;
+    Ok(found)
+}

@@ -1,0 +1,160 @@
+//! Puts the pieces of a run together.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use fulgurite_core::dataset::{DatasetItem, Split};
+use fulgurite_core::llm::LlmBackend;
+use fulgurite_core::seed::Seed;
+use fulgurite_policy::{PolicyEngine, PolicyTokenizer, TokenizerConfig};
+use fulgurite_runner::scripted::{Script, ScriptedPolicy};
+use fulgurite_runner::{JinjaRenderer, Plugins, Runner, RunnerSettings};
+use fulgurite_sandbox::{AlgorithmPlugin, Sandbox, SandboxSettings, Templates};
+use fulgurite_store::{RolloutStore, SledStore};
+
+use crate::config::{LocalPolicyConfig, RunConfig};
+use crate::dataset::{Dataset, corpus_of};
+use crate::error::TrainError;
+use crate::run_directory::RunDirectory;
+
+/// Everything that a run needs, loaded and checked.
+pub(crate) struct Setup {
+    pub(crate) config: RunConfig,
+    pub(crate) run: RunDirectory,
+    pub(crate) seed: Seed,
+    pub(crate) datasets: BTreeMap<String, Arc<Dataset>>,
+    pub(crate) runner: Runner,
+    /// Version of the prompt templates that every rollout pins.
+    pub(crate) resources_version: u64,
+    /// Algorithm plugins by path: a stage and its control share one.
+    pub(crate) algorithms: BTreeMap<PathBuf, Arc<AlgorithmPlugin>>,
+    pub(crate) model: Model,
+    pub(crate) test_items: Vec<Arc<DatasetItem>>,
+}
+
+/// What answers.
+#[derive(Clone)]
+pub(crate) enum Model {
+    /// A model that can be trained.
+    Local(PolicyEngine),
+    /// Scripted answers.
+    Scripted(Arc<dyn LlmBackend>),
+}
+
+impl Model {
+    pub(crate) fn backend(&self) -> Arc<dyn LlmBackend> {
+        match self {
+            Self::Local(engine) => engine.backend(),
+            Self::Scripted(backend) => Arc::clone(backend),
+        }
+    }
+
+    pub(crate) fn engine(&self) -> Option<&PolicyEngine> {
+        match self {
+            Self::Local(engine) => Some(engine),
+            Self::Scripted(_) => None,
+        }
+    }
+}
+
+impl Setup {
+    /// Loads plugins and datasets, opens the store and makes the policy with the weights of the run's seed.
+    pub(crate) async fn new(config: RunConfig, run: RunDirectory, cache: Option<PathBuf>) -> Result<Self, TrainError> {
+        let seed = Seed::new(config.seed);
+        let mut datasets = BTreeMap::new();
+        for (name, files) in &config.dataset {
+            datasets.insert(name.clone(), Arc::new(Dataset::load(files)?));
+        }
+        let evaluated = datasets.get(&config.evaluation.dataset);
+        let test_items = evaluated.map(|set| set.split(Split::Test).to_vec()).unwrap_or_default();
+        let sandbox = Sandbox::new(SandboxSettings { cache_dir: cache })?;
+        let mut tools = BTreeMap::new();
+        for (name, tool) in &config.tools {
+            tools.insert(name.clone(), sandbox.load_tool(&tool.component)?);
+        }
+        let grader = config.grader.as_ref().map(|grader| sandbox.load_grader(&grader.component)).transpose()?;
+        let plugins = Plugins { agent: sandbox.load_agent(&config.agent.component)?, grader, tools };
+        let mut algorithms = BTreeMap::new();
+        for stage in config.stage.iter().chain(&config.control) {
+            if !algorithms.contains_key(&stage.algorithm) {
+                algorithms.insert(stage.algorithm.clone(), sandbox.load_algorithm(&stage.algorithm)?);
+            }
+        }
+        let store: Arc<dyn RolloutStore> = Arc::new(SledStore::open(&run.store())?);
+        // Publishing again what is there gives the version that is there, so a resumed run pins the same one.
+        let mut resources_version = 0;
+        for (name, text) in &config.templates {
+            resources_version = store.publish_template(resources_version, name, text)?;
+        }
+        let settings = RunnerSettings {
+            live_max: config.rollout.live_max,
+            attempts_max: config.rollout.attempts_max,
+            limits: config.limits.clone(),
+            outcome_reward: config.rollout.outcome_reward.clone(),
+            templates: Arc::new(Templates::new(resources_version, config.templates.clone(), Arc::new(JinjaRenderer))),
+        };
+        let runner = Runner::new(store, plugins, settings);
+        let model = match (&config.policy.local, &config.policy.scripted) {
+            (Some(local), _) => Model::Local(fresh_policy(local, &datasets, seed).await?),
+            (None, Some(script)) => Model::Scripted(scripted("policy", script, &test_items)?),
+            (None, None) => return Err(TrainError::NoPolicy),
+        };
+        Ok(Self { config, run, seed, datasets, runner, resources_version, algorithms, model, test_items })
+    }
+
+    pub(crate) fn evaluator<'a>(
+        &'a self,
+        progress: &'a dyn crate::progress::ProgressSink,
+    ) -> crate::evaluate::Evaluator<'a> {
+        crate::evaluate::Evaluator {
+            runner: &self.runner,
+            config: &self.config.evaluation,
+            items: &self.test_items,
+            accept: &self.config.rollout.reward_accept,
+            resources_version: self.resources_version,
+            seed: self.seed.child("evaluation"),
+            progress,
+        }
+    }
+}
+
+/// Compiles a script for the held-out items.
+pub(crate) fn scripted(
+    name: &str,
+    script: &Script,
+    items: &[Arc<DatasetItem>],
+) -> Result<Arc<dyn LlmBackend>, TrainError> {
+    let policy = ScriptedPolicy::new(script, items.iter().cloned())
+        .map_err(|source| TrainError::Script { name: name.to_owned(), source })?;
+    Ok(Arc::new(policy))
+}
+
+async fn fresh_policy(
+    local: &LocalPolicyConfig,
+    datasets: &BTreeMap<String, Arc<Dataset>>,
+    seed: Seed,
+) -> Result<PolicyEngine, TrainError> {
+    let mut corpus = vec![];
+    for name in &local.tokenizer.corpus {
+        let items = datasets.get(name).map(|set| set.split(Split::Train)).unwrap_or_default();
+        if items.is_empty() {
+            return Err(TrainError::MissingSplit { dataset: name.clone(), split: "train" });
+        }
+        corpus.extend(items.iter().flat_map(|item| corpus_of(item)));
+    }
+    let settings = TokenizerConfig {
+        vocab_size: local.tokenizer.vocab_size,
+        atoms_pattern: local.tokenizer.atoms_pattern.clone(),
+    };
+    let model = local.model.clone();
+    // Training a tokenizer and making weights are seconds of work that must not hold an async worker.
+    let made = tokio::task::spawn_blocking(move || {
+        let tokenizer = PolicyTokenizer::train(corpus.into_iter(), &settings)?;
+        PolicyEngine::create(&model, tokenizer, seed.child("policy"))
+    });
+    match made.await {
+        Ok(engine) => Ok(engine?),
+        Err(_) => Err(TrainError::Runner(fulgurite_runner::RunnerError::WorkerLost)),
+    }
+}
