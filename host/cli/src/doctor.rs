@@ -1,0 +1,115 @@
+//! `fulgurite doctor`: what this machine has and lacks.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::anyhow;
+use fulgurite_sandbox::{Sandbox, SandboxSettings};
+use serde::Serialize;
+
+use crate::arguments::{DoctorArguments, Output};
+use crate::failure::Failure;
+use crate::terminal::{Style, paint};
+use crate::{paths, terminal, train};
+
+/// The target of Rust guests.
+pub(crate) const TARGET: &str = "wasm32-wasip2";
+/// The Rust release that the workspace needs.
+const RUST_MINOR_MIN: u32 = 95;
+
+/// One finding.
+#[derive(Debug, Serialize)]
+struct Check {
+    name: &'static str,
+    ok: bool,
+    found: String,
+    /// What to do; empty when nothing is.
+    fix: String,
+}
+
+pub(crate) fn doctor(arguments: &DoctorArguments) -> Result<(), Failure> {
+    let checks = [rust(), target(), linker(), cache(), processor()];
+    match arguments.output {
+        Output::Json => train::print_json(&checks)?,
+        Output::Text => {
+            let colours = terminal::colours();
+            for check in &checks {
+                let mark =
+                    if check.ok { paint("ok  ", Style::Green, colours) } else { paint("miss", Style::Red, colours) };
+                terminal::print(&format!("{mark} {:<16} {}", check.name, check.found));
+                if !check.ok {
+                    terminal::print(&format!("     {:<16} {}", "", check.fix));
+                }
+            }
+        }
+    }
+    let missing = checks.iter().filter(|check| !check.ok).count();
+    if missing == 0 { Ok(()) } else { Err(Failure::failed(anyhow!("{missing} of {} checks failed", checks.len()))) }
+}
+
+fn output_of(program: &str, arguments: &[&str]) -> Option<String> {
+    let output = Command::new(program).args(arguments).output().ok()?;
+    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+fn rust() -> Check {
+    let found = output_of("rustc", &["--version"]);
+    let minor = found.as_deref().and_then(|text| text.split('.').nth(1)?.parse::<u32>().ok());
+    Check {
+        name: "rust",
+        ok: minor.is_some_and(|minor| minor >= RUST_MINOR_MIN),
+        found: found.unwrap_or_else(|| "not found".to_owned()),
+        fix: format!("install Rust 1.{RUST_MINOR_MIN} or newer with rustup (https://rustup.rs)"),
+    }
+}
+
+fn target() -> Check {
+    let sysroot = output_of("rustc", &["--print", "sysroot"]);
+    let ok = sysroot.is_some_and(|root| Path::new(&root).join("lib/rustlib").join(TARGET).join("lib").is_dir());
+    Check {
+        name: "guest target",
+        ok,
+        found: if ok { TARGET.to_owned() } else { format!("{TARGET} is not installed") },
+        fix: format!("rustup target add {TARGET}"),
+    }
+}
+
+fn linker() -> Check {
+    let found = output_of("cc", &["--version"]).and_then(|text| text.lines().next().map(str::to_owned));
+    Check {
+        name: "C compiler",
+        ok: found.is_some(),
+        found: found.unwrap_or_else(|| "not found".to_owned()),
+        fix: "apt-get install gcc (or your system's compiler); Rust links with it".to_owned(),
+    }
+}
+
+fn cache() -> Check {
+    let Some(folder) = paths::cache() else {
+        return Check {
+            name: "component cache",
+            ok: false,
+            found: "no home folder".to_owned(),
+            fix: "set HOME or FULGURITE_CACHE_DIR; without it every start compiles all components anew".to_owned(),
+        };
+    };
+    // Only the sandbox knows what it accepts: the folder must be private, since compiled code in it is trusted.
+    let usable = Sandbox::new(SandboxSettings { cache_dir: Some(folder.clone()) });
+    let fix = usable.as_ref().err().map(|error| format!("{error}, or set FULGURITE_CACHE_DIR to another folder"));
+    Check {
+        name: "component cache",
+        ok: fix.is_none(),
+        found: folder.display().to_string(),
+        fix: fix.unwrap_or_default(),
+    }
+}
+
+fn processor() -> Check {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    Check {
+        name: "device",
+        ok: true,
+        found: format!("cpu, {cores} cores (this build trains on CPU)"),
+        fix: String::new(),
+    }
+}
