@@ -106,11 +106,6 @@ pub enum TrainError {
         /// The stored config.
         path: PathBuf,
     },
-    /// A resumed run needs the components that started it.
-    #[error(
-        "a rollout of this run was recorded with other components; rebuild those that started it, or start a new run"
-    )]
-    ComponentsChanged,
     /// A dataset has no items of a split that is needed.
     #[error("dataset `{dataset}` has no `{split}` split")]
     MissingSplit {

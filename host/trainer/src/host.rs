@@ -12,7 +12,7 @@ use fulgurite_core::dataset::Split;
 use fulgurite_core::id::{RolloutId, TransitionId};
 use fulgurite_core::llm::{Message, Role, Sampling};
 use fulgurite_core::record::{RolloutMode, RolloutSpec};
-use fulgurite_core::reward::{Reward, RewardSource};
+use fulgurite_core::reward::Reward;
 use fulgurite_core::seed::{Generator, Seed};
 use fulgurite_core::training::{ForwardBackwardReport, LossSpec, OptimiserReport, OptimiserStep, Stream, TrainingRow};
 use fulgurite_policy::{PolicyEngine, PolicyError};
@@ -46,7 +46,6 @@ pub(crate) struct StageHost {
     pub(crate) stage: StageConfig,
     pub(crate) rollout: RolloutConfig,
     pub(crate) experiment: ExperimentConfig,
-    pub(crate) accept: Vec<RewardSource>,
     pub(crate) resources_version: u64,
     pub(crate) seed: Seed,
     pub(crate) stop: watch::Receiver<bool>,
@@ -110,27 +109,13 @@ impl StageHost {
         stage: StageConfig,
         rollout: RolloutConfig,
         experiment: ExperimentConfig,
-        accept: Vec<RewardSource>,
         resources_version: u64,
         seed: Seed,
         stop: watch::Receiver<bool>,
         state: StageState,
     ) -> Self {
         let (state, batches) = (Mutex::new(state), tokio::sync::Mutex::default());
-        Self {
-            runner,
-            engine,
-            dataset,
-            stage,
-            rollout,
-            experiment,
-            accept,
-            resources_version,
-            seed,
-            stop,
-            state,
-            batches,
-        }
+        Self { runner, engine, dataset, stage, rollout, experiment, resources_version, seed, stop, state, batches }
     }
 
     pub(crate) fn state(&self) -> MutexGuard<'_, StageState> {
@@ -244,7 +229,7 @@ impl StageHost {
     fn view(&self, open: &mut OpenBatch, ended: Vec<(usize, RolloutResult)>) -> Vec<TrajectoryView> {
         let mut rewards: Vec<Vec<Reward>> = ended
             .iter()
-            .map(|(_, result)| fulgurite_adapter::accepted(&result.attempt.rewards, &self.accept))
+            .map(|(_, result)| fulgurite_adapter::accepted(&result.attempt.rewards, &self.rollout.reward_accept))
             .collect();
         if self.experiment.shuffle_rewards {
             self.shuffle(&ended, &mut rewards);

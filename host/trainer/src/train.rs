@@ -205,7 +205,6 @@ impl Training {
             stage.clone(),
             config.rollout.clone(),
             config.experiment.clone(),
-            config.rollout.reward_accept.clone(),
             self.setup.resources_version,
             self.setup.seed.child("stage").child(&stage.name),
             self.stop.clone(),
