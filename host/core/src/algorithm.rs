@@ -8,7 +8,7 @@ use crate::dataset::Split;
 use crate::id::{PolicyVersion, RolloutId, TransitionId};
 use crate::llm::{Message, Sampling};
 use crate::outcome::OutcomeKind;
-use crate::record::{ForkPoint, RolloutMode};
+use crate::record::RolloutMode;
 use crate::reward::Reward;
 use crate::training::{ForwardBackwardReport, LossSpec, OptimiserReport, OptimiserStep, Stream};
 
@@ -75,7 +75,16 @@ pub struct GroupSpec {
     /// Sampling of the policy.
     pub sampling: Sampling,
     /// Fork each of them here.
-    pub fork_of: Option<ForkPoint>,
+    pub fork_of: Option<ForkRequest>,
+}
+
+/// Where to fork: the newest attempt of a finished rollout, before this event.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ForkRequest {
+    /// The ancestor.
+    pub rollout: RolloutId,
+    /// Sequence of the first event that is not taken from it.
+    pub event: u64,
 }
 
 /// How many rollouts of a batch to wait for.
@@ -94,6 +103,8 @@ pub struct TransitionView {
     pub id: TransitionId,
     /// Index of the call.
     pub call_index: u64,
+    /// Number of the event that the call is in its rollout.
+    pub event: u64,
     /// Which agent asked.
     pub agent_role: String,
     /// Tokens of the prompt.

@@ -6,6 +6,12 @@ pub const RESERVED_PREFIXES: [&str; 2] = ["fulgurite.", "gen_ai."];
 /// Where reserved names from guests go.
 pub const GUEST_PREFIX: &str = "guest.";
 
+/// OpenTelemetry, of a resource: what has recorded.
+pub const SERVICE_NAME: &str = "service.name";
+/// OpenTelemetry, of a resource: its version.
+pub const SERVICE_VERSION: &str = "service.version";
+/// Of a resource: the run.
+pub const RUN_NAME: &str = "fulgurite.run.name";
 /// Rollout id.
 pub const ROLLOUT_ID: &str = "fulgurite.rollout.id";
 /// Attempt number, from 1.
@@ -38,6 +44,13 @@ pub const RESOURCES_VERSION: &str = "fulgurite.resources.version";
 pub const LOG_LEVEL: &str = "fulgurite.log.level";
 /// Text of a log line.
 pub const LOG_TEXT: &str = "fulgurite.log.text";
+
+/// On a root event: fingerprints of all events of the attempt. See [`crate::recording`].
+pub const RECORDING_FINGERPRINTS: &str = "fulgurite.recording.fingerprints";
+/// On the root event of an attempt that was ended from outside: the first event that was not the guest's doing any more.
+pub const RECORDING_CUT_EVENT: &str = "fulgurite.recording.cut_event";
+/// Beside it: how much the guest had done.
+pub const RECORDING_CUT_ACTS: &str = "fulgurite.recording.cut_acts";
 
 /// OpenTelemetry: operation.
 pub const GEN_AI_OPERATION_NAME: &str = "gen_ai.operation.name";

@@ -1,9 +1,13 @@
 //! Dataset items and the splits they belong to.
 
+use std::sync::{Arc, OnceLock};
+
 use serde::{Deserialize, Serialize};
 
+use crate::id::ContentHash;
+
 /// One item of a dataset. Who may see which part is the contract of DESIGN.md 5.1.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DatasetItem {
     /// Unique in its dataset.
@@ -16,6 +20,58 @@ pub struct DatasetItem {
     /// Goes to the grader, and to an algorithm only with the grant `read-reference`.
     #[serde(default)]
     pub reference: serde_json::Value,
+    /// Rendered when first asked for: one item serves many rollouts.
+    #[serde(skip)]
+    texts: OnceLock<ItemTexts>,
+}
+
+/// The parts of an item as JSON text: what plugins get.
+#[derive(Debug, Clone)]
+pub struct ItemTexts {
+    /// For the agent.
+    pub input: Arc<str>,
+    /// For tools and grader.
+    pub world: Arc<str>,
+    /// For the grader.
+    pub reference: Arc<str>,
+    /// The whole item: what is kept beside its rollouts.
+    pub whole: Arc<str>,
+    /// Content hash of the whole item.
+    pub hash: ContentHash,
+}
+
+impl DatasetItem {
+    /// An item.
+    #[must_use]
+    pub fn new(
+        id: impl Into<String>,
+        input: serde_json::Value,
+        world: serde_json::Value,
+        reference: serde_json::Value,
+    ) -> Self {
+        Self { id: id.into(), input, world, reference, texts: OnceLock::new() }
+    }
+
+    /// Its parts as JSON text.
+    pub fn texts(&self) -> &ItemTexts {
+        self.texts.get_or_init(|| {
+            let whole: Arc<str> = serde_json::to_string(self).unwrap_or_default().into();
+            ItemTexts {
+                input: self.input.to_string().into(),
+                world: self.world.to_string().into(),
+                reference: self.reference.to_string().into(),
+                hash: ContentHash::of(whole.as_bytes()),
+                whole,
+            }
+        })
+    }
+}
+
+impl PartialEq for DatasetItem {
+    fn eq(&self, other: &Self) -> bool {
+        let parts = |item: &Self| (item.id.clone(), item.input.clone(), item.world.clone(), item.reference.clone());
+        parts(self) == parts(other)
+    }
 }
 
 /// Which part of a dataset an item belongs to.

@@ -1,6 +1,7 @@
 //! Typed identifiers. Every id that can be derived is derived, so that a repeated run mints the same ids.
 
 use std::fmt;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -17,10 +18,11 @@ pub struct InvalidId {
     pub id: String,
 }
 
-/// Names one rollout inside a run: given by the caller, or derived from (stage, step, index).
+/// Names one rollout inside a run: given by the caller, or derived from (stage, step, index). Cheap to clone, because every
+/// span carries one.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct RolloutId(String);
+pub struct RolloutId(Arc<str>);
 
 impl RolloutId {
     /// Checks a caller-given id.
@@ -33,7 +35,7 @@ impl RolloutId {
         if id.is_empty() || id.len() > ID_BYTES_MAX || !id.bytes().all(allowed) {
             return Err(InvalidId { id: id.chars().take(ID_BYTES_MAX).filter(|c| !c.is_control()).collect() });
         }
-        Ok(Self(id))
+        Ok(Self(id.into()))
     }
 
     /// The id of the `index`-th rollout that step `step` of `stage` enqueues. The same call gives the same id, so a
@@ -61,7 +63,7 @@ impl TryFrom<String> for RolloutId {
 
 impl From<RolloutId> for String {
     fn from(id: RolloutId) -> Self {
-        id.0
+        id.0.as_ref().to_owned()
     }
 }
 

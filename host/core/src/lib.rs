@@ -8,11 +8,14 @@ pub mod algorithm;
 pub mod attribute;
 
 pub mod dataset;
+pub mod grant;
+pub mod host_call;
 pub mod id;
 pub mod limits;
 pub mod llm;
 pub mod outcome;
 pub mod record;
+pub mod recording;
 pub mod reward;
 pub mod seed;
 pub mod span;

@@ -1,5 +1,7 @@
 //! What crosses between an agent and a language model, and the trait behind which every model stands.
 
+use std::sync::Arc;
+
 use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 
@@ -265,6 +267,9 @@ pub struct SessionInfo {
     /// Sampling that the run's config sets for this rollout. It fills what the request leaves at its default and, in
     /// evaluation, overrides the temperature.
     pub sampling: Sampling,
+    /// Completions that the attempt has had before this session: those of the prefix of a fork. Messages that repeat them
+    /// are spliced like those of the session's own.
+    pub history: Vec<Arc<Completion>>,
 }
 
 /// A language model for rollouts.
@@ -282,5 +287,6 @@ pub trait LlmBackend: Send + Sync {
 /// The calls of one live attempt. Dropping a future cancels its call.
 pub trait LlmSession: Send + Sync {
     /// Asks the model. `call_index` counts the calls of the attempt from 0 and names the response.
-    fn chat(&self, call_index: u64, request: ChatRequest) -> BoxFuture<'static, Result<Completion, LlmError>>;
+    fn chat(&self, call_index: u64, request: Arc<ChatRequest>)
+    -> BoxFuture<'static, Result<Arc<Completion>, LlmError>>;
 }

@@ -55,11 +55,13 @@ pub enum OutcomeKind {
     Cancelled,
     /// The host itself failed.
     HostFault,
+    /// Nothing was heard of the attempt for so long that it was ended: a call that hangs, or a worker that is gone.
+    Unresponsive,
 }
 
 impl OutcomeKind {
     /// Every kind, in the order of declaration.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::Completed,
         Self::MalformedAnswer,
         Self::TokenLimit,
@@ -77,6 +79,7 @@ impl OutcomeKind {
         Self::LlmUnavailable,
         Self::Cancelled,
         Self::HostFault,
+        Self::Unresponsive,
     ];
 
     /// Whom the kind is blamed on; `None` when nothing went wrong.
@@ -93,7 +96,9 @@ impl OutcomeKind {
             | Self::OutputLimit
             | Self::ToolFault
             | Self::GraderFault => Some(Blame::AgentCode),
-            Self::WallTimeout | Self::LlmUnavailable | Self::Cancelled | Self::HostFault => Some(Blame::Infrastructure),
+            Self::WallTimeout | Self::LlmUnavailable | Self::Cancelled | Self::HostFault | Self::Unresponsive => {
+                Some(Blame::Infrastructure)
+            }
         }
     }
 
@@ -106,7 +111,7 @@ impl OutcomeKind {
     /// Whether trying again can help. Guest code is deterministic, so its faults repeat; endpoints and machines recover.
     #[must_use]
     pub const fn is_retryable(self) -> bool {
-        matches!(self, Self::WallTimeout | Self::LlmUnavailable | Self::HostFault)
+        matches!(self, Self::WallTimeout | Self::LlmUnavailable | Self::HostFault | Self::Unresponsive)
     }
 
     /// The kind's name in config, records and metrics.
@@ -130,6 +135,7 @@ impl OutcomeKind {
             Self::LlmUnavailable => "llm-unavailable",
             Self::Cancelled => "cancelled",
             Self::HostFault => "host-fault",
+            Self::Unresponsive => "unresponsive",
         }
     }
 }

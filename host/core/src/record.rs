@@ -1,11 +1,14 @@
 //! What the store keeps of rollouts, attempts and resources.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::dataset::Split;
 use crate::id::{AttemptKey, AttemptNumber, ContentHash, PolicyVersion, RolloutId};
+use crate::limits::Limits;
 use crate::llm::Sampling;
-use crate::outcome::AttemptOutcome;
+use crate::outcome::{AttemptOutcome, OutcomeKind};
 use crate::reward::Reward;
 use crate::seed::Seed;
 use crate::state::{AttemptState, RolloutState};
@@ -37,10 +40,14 @@ impl RolloutMode {
 /// Where a forked rollout leaves its ancestor.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ForkPoint {
-    /// The ancestor.
+    /// The ancestor: a finished attempt, so that what the fork refers to never changes.
     pub rollout: RolloutId,
-    /// Sequence of the first event that is not taken from the ancestor.
+    /// Which attempt of it.
+    pub attempt: AttemptNumber,
+    /// Sequence of the first event that is not taken from the ancestor. The fork's own spans begin with this number.
     pub event: u64,
+    /// The weights that drew the prefix; those of the suffix are the fork's own.
+    pub policy_version: PolicyVersion,
 }
 
 /// Everything that must be known to run a rollout, fixed when it is enqueued.
@@ -72,6 +79,10 @@ pub struct RolloutSpec {
     pub resources_version: u64,
     /// Content hashes of agent, grader and tools, pinned, in this order.
     pub components: Vec<ContentHash>,
+    /// Content hash of the item, which the store keeps beside the rollout.
+    pub item: ContentHash,
+    /// Content hash of the [`ExecutionSettings`], which the store keeps beside the rollout.
+    pub execution: ContentHash,
     /// Set on forked rollouts.
     pub fork_of: Option<ForkPoint>,
 }
@@ -108,4 +119,55 @@ pub struct AttemptRecord {
     pub spans: u64,
     /// Guest CPU time in microseconds, agent and tools together.
     pub guest_cpu_us: u64,
+    /// The worker that ran it; empty when nobody said.
+    pub worker: String,
+    /// Why the rollout cannot be forked, when it did something that cannot be done twice.
+    pub not_forkable: Option<String>,
+}
+
+/// A process that runs rollouts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkerRecord {
+    /// Its id, unique in the run.
+    pub id: String,
+    /// Its process id on its machine.
+    pub process_id: u32,
+    /// Real start in nanoseconds since the Unix epoch.
+    pub start_unix_ns: u64,
+    /// Last sign of life, on the same clock.
+    pub heartbeat_unix_ns: u64,
+    /// Attempts that it has begun.
+    pub attempts: u64,
+}
+
+/// What beside item, components and model decides how an attempt runs. Kept once per run by content hash, so that a rollout
+/// can be run again under the conditions that it was recorded under.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ExecutionSettings {
+    /// The engine that ran it, with every setting that a guest could notice.
+    pub engine: String,
+    /// Limits of agent, tools and grader.
+    pub limits: Limits,
+    /// Limits of single plugins, by `agent`, `grader` or the tool's name, where they are narrower.
+    #[serde(default)]
+    pub plugin_limits: BTreeMap<String, Limits>,
+    /// Tools in the order in which agents see them, with their content hashes.
+    pub tools: Vec<(String, ContentHash)>,
+    /// Whether there is a grader; it is the second component then.
+    pub graded: bool,
+    /// Prompt templates.
+    pub templates: BTreeMap<String, String>,
+    /// Reward that the host adds for an outcome blamed on the policy.
+    pub outcome_reward: BTreeMap<OutcomeKind, f64>,
+    /// Grants of tools, by the tool's name: JSON text of what the config grants.
+    #[serde(default)]
+    pub grants: BTreeMap<String, String>,
+}
+
+impl ExecutionSettings {
+    /// The record as it is kept: JSON, with keys in a fixed order.
+    #[must_use]
+    pub fn to_bytes(&self) -> Vec<u8> {
+        serde_json::to_vec(self).unwrap_or_default()
+    }
 }

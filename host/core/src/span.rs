@@ -4,6 +4,8 @@
 //! body under the names of [`crate::attribute`] for people and collectors. Bodies hold the request *and* the result of every
 //! host call, and start and end are readings of the guest's virtual clock: that is the recording that replay needs.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
 use crate::attribute;
@@ -94,7 +96,7 @@ pub struct LlmCall {
     /// Which endpoint was asked; `None` is the policy.
     pub endpoint: Option<String>,
     /// What came back.
-    pub result: Result<Completion, LlmError>,
+    pub result: Result<Arc<Completion>, LlmError>,
 }
 
 /// What a span is about.
@@ -269,6 +271,9 @@ pub enum SpanRefused {
     /// The sink is closed.
     #[error("the attempt has ended")]
     Closed,
+    /// A replay is not what was recorded.
+    #[error("the replay has left its recording")]
+    Diverged,
 }
 
 /// Takes the spans of one attempt in the order of their sequence. What it has taken survives the guest's store.

@@ -45,4 +45,9 @@ pub trait ToolHost: Send + Sync {
 
     /// Guest CPU time that the tools have used so far, in microseconds.
     fn guest_cpu_us(&self) -> u64;
+    /// Why the attempt cannot be forked any more: a tool did something outside that doing twice would do twice. `None` as
+    /// long as all that happened can be done again.
+    fn not_forkable(&self) -> Option<String> {
+        None
+    }
 }
