@@ -1,9 +1,7 @@
-//! Keys and values on disk.
+//! Values on disk.
 //!
-//! A key is one byte for the kind of record and then an id or fixed-width big-endian numbers. A rollout and its attempts
-//! are one record under the rollout's id: whatever happens to a rollout is one write, and there is no index to keep in
-//! step. Spans stand in blocks under (rollout ordinal, attempt, first sequence), so that they lie on disk in the order
-//! of time; the ordinal is shorter than the id, and neighbours in time are neighbours on disk.
+//! A rollout and its attempts are one record: whatever happens to a rollout is one write. Spans stand in blocks under
+//! (rollout ordinal, attempt, first sequence). [`keys`](crate::keys) says how records are named.
 //!
 //! A value is a format byte and postcard. Postcard is positional, so *any* change to a recorded type of
 //! `fulgurite-core` is a new format; the test `record_formats_are_pinned` fails on one, and the remedy is a new
@@ -17,13 +15,13 @@
 
 use std::ops::ControlFlow;
 
-use fulgurite_core::id::{AttemptNumber, RolloutId};
 use fulgurite_core::span::Span;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::error::{Result, StoreError};
-use crate::key_value::{Batch, KeyValue};
+use crate::key_value::{Batch, KeyRange, KeyValue};
+use crate::keys::{self, fragment_key, is_fragment};
 
 /// Longest value in the database in bytes: 17 of them stay below sled's limit for one node with room for the keys.
 pub const VALUE_BYTES_MAX: usize = 4096;
@@ -35,80 +33,7 @@ const FORMAT_FRAGMENTED: u8 = 2;
 /// Fragments of one record; 64 GiB, and what lets the keys of fragments be told from others.
 const FRAGMENTS_MAX: u32 = 1 << 24;
 /// Bytes before the payload of the first fragment.
-const FRAGMENT_HEADER_BYTES: usize = 5;
-
-/// The kinds of record; the first byte of a key.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-pub(crate) enum Kind {
-    /// The schema's version: never in postcard, so that every version can read it.
-    Schema = b'm',
-    /// Counts of everything.
-    Counters = b'c',
-    /// Id -> rollout and its attempts.
-    Rollout = b'r',
-    /// Ordinal, attempt, first sequence -> block of spans.
-    Spans = b's',
-    /// Version -> resources.
-    Resources = b't',
-}
-
-/// Bytes of a span block's key.
-const SPANS_KEY_BYTES: usize = 1 + 8 + 4 + 8;
-
-pub(crate) fn schema_key() -> Vec<u8> {
-    vec![Kind::Schema as u8]
-}
-
-pub(crate) fn counters_key() -> Vec<u8> {
-    vec![Kind::Counters as u8]
-}
-
-pub(crate) fn rollout_key(id: &RolloutId) -> Vec<u8> {
-    [&[Kind::Rollout as u8], id.as_str().as_bytes()].concat()
-}
-
-/// Prefix of all span blocks of an attempt.
-pub(crate) fn spans_prefix(ordinal: u64, attempt: AttemptNumber) -> Vec<u8> {
-    [&[Kind::Spans as u8], ordinal.to_be_bytes().as_slice(), &attempt.0.to_be_bytes()].concat()
-}
-
-pub(crate) fn spans_key(ordinal: u64, attempt: AttemptNumber, first_sequence: u64) -> Vec<u8> {
-    let mut key = spans_prefix(ordinal, attempt);
-    key.extend(first_sequence.to_be_bytes());
-    key
-}
-
-pub(crate) fn resources_key(version: u64) -> Vec<u8> {
-    [&[Kind::Resources as u8], version.to_be_bytes().as_slice()].concat()
-}
-
-/// Whether a key is that of a second or later fragment.
-fn is_fragment(key: &[u8]) -> bool {
-    match key {
-        // Ids have no zero byte, and no record has 2^24 fragments.
-        [kind, .., 0, _, _, _] if *kind == Kind::Rollout as u8 => true,
-        [kind, ..] if *kind == Kind::Spans as u8 => key.len() > SPANS_KEY_BYTES,
-        _ => false,
-    }
-}
-
-/// A key as people can read it: what errors name.
-pub(crate) fn describe_key(key: &[u8]) -> String {
-    let (kind, rest) = key.split_at_checked(1).unwrap_or((&[], &[]));
-    let u64_at = |at: usize| rest.get(at..at + 8).and_then(|bytes| bytes.try_into().ok()).map_or(0, u64::from_be_bytes);
-    let attempt = rest.get(8..12).and_then(|bytes| bytes.try_into().ok()).map_or(0, u32::from_be_bytes);
-    match kind {
-        [byte] if *byte == Kind::Schema as u8 => "schema".to_owned(),
-        [byte] if *byte == Kind::Counters as u8 => "counters".to_owned(),
-        [byte] if *byte == Kind::Rollout as u8 => format!("rollout {}", String::from_utf8_lossy(rest)),
-        [byte] if *byte == Kind::Spans as u8 => {
-            format!("rollout #{} attempt {attempt} spans from {}", u64_at(0), u64_at(12))
-        }
-        [byte] if *byte == Kind::Resources as u8 => format!("resources version {}", u64_at(0)),
-        _ => format!("unknown key {key:02x?}"),
-    }
-}
+pub(crate) const FRAGMENT_HEADER_BYTES: usize = 5;
 
 /// Encodes a record.
 pub(crate) fn encode<T: Serialize>(record: &T) -> Result<Vec<u8>> {
@@ -116,7 +41,7 @@ pub(crate) fn encode<T: Serialize>(record: &T) -> Result<Vec<u8>> {
 }
 
 /// Decodes a record and checks that nothing is left over.
-fn decode<T: DeserializeOwned>(key: &[u8], bytes: &[u8]) -> Result<T> {
+pub(crate) fn decode<T: DeserializeOwned>(key: &[u8], bytes: &[u8]) -> Result<T> {
     match postcard::take_from_bytes(bytes) {
         Ok((record, [])) => Ok(record),
         Ok((_, rest)) => Err(corrupt(key, format!("{} bytes too many", rest.len()))),
@@ -125,7 +50,7 @@ fn decode<T: DeserializeOwned>(key: &[u8], bytes: &[u8]) -> Result<T> {
 }
 
 pub(crate) fn corrupt(key: &[u8], detail: impl Into<String>) -> StoreError {
-    StoreError::Corrupt { key: describe_key(key), detail: detail.into() }
+    StoreError::Corrupt { key: keys::describe(key), detail: detail.into() }
 }
 
 /// Consecutive spans, encoded together.
@@ -175,7 +100,7 @@ pub(crate) fn put(batch: &mut Batch, key: Vec<u8>, payload: &[u8]) -> Result<()>
         let mut value = Vec::with_capacity(1 + payload.len());
         value.push(FORMAT_WHOLE);
         value.extend(payload);
-        batch.push((key, value));
+        batch.push((key, Some(value)));
         return Ok(());
     }
     let (head, tail) = payload.split_at(VALUE_BYTES_MAX - FRAGMENT_HEADER_BYTES);
@@ -186,44 +111,46 @@ pub(crate) fn put(batch: &mut Batch, key: Vec<u8>, payload: &[u8]) -> Result<()>
     first.extend(count.to_be_bytes());
     first.extend(head);
     for (number, fragment) in (1_u32..).zip(tail.chunks(VALUE_BYTES_MAX)) {
-        batch.push((fragment_key(&key, number), fragment.to_vec()));
+        batch.push((fragment_key(&key, number), Some(fragment.to_vec())));
     }
-    batch.push((key, first));
+    batch.push((key, Some(first)));
     Ok(())
 }
 
-fn fragment_key(key: &[u8], number: u32) -> Vec<u8> {
-    [key, number.to_be_bytes().as_slice()].concat()
-}
-
 /// Splits a stored value into its payload and the number of fragments.
-fn parse<'a>(key: &[u8], value: &'a [u8]) -> Result<(&'a [u8], u32)> {
+pub(crate) fn parse<'a>(key: &[u8], value: &'a [u8]) -> Result<(&'a [u8], u32)> {
     match value {
         [FORMAT_WHOLE, payload @ ..] => Ok((payload, 1)),
-        [FORMAT_FRAGMENTED, a, b, c, d, payload @ ..] => Ok((payload, u32::from_be_bytes([*a, *b, *c, *d]))),
+        [FORMAT_FRAGMENTED, a, b, c, d, payload @ ..] => match u32::from_be_bytes([*a, *b, *c, *d]) {
+            count @ 2..FRAGMENTS_MAX => Ok((payload, count)),
+            count => Err(corrupt(key, format!("it cannot have {count} fragments"))),
+        },
         [format, ..] => Err(corrupt(key, format!("unknown format {format}"))),
         [] => Err(corrupt(key, "it is empty")),
     }
 }
 
-/// Reads one record.
-pub(crate) fn get<T: DeserializeOwned>(database: &impl KeyValue, key: &[u8]) -> Result<Option<T>> {
-    let Some(value) = database.get(key)? else { return Ok(None) };
-    let (payload, fragments) = parse(key, &value)?;
-    if fragments == 1 {
-        return decode(key, payload).map(Some);
-    }
-    let mut payload = payload.to_vec();
+/// Reads the payload of one record: all fragments of it, without format bytes.
+pub(crate) fn get_payload(database: &impl KeyValue, key: &[u8]) -> Result<Option<Vec<u8>>> {
+    let Some(mut value) = database.get(key)? else { return Ok(None) };
+    let (head, fragments) = parse(key, &value)?;
+    let header = value.len() - head.len();
+    value.drain(..header);
     for number in 1..fragments {
         match database.get(&fragment_key(key, number))? {
-            Some(fragment) => payload.extend(fragment),
+            Some(fragment) => value.extend(fragment),
             None => return Err(corrupt(key, format!("fragment {number} of {fragments} is missing"))),
         }
     }
-    decode(key, &payload).map(Some)
+    Ok(Some(value))
 }
 
-/// A record whose fragments are being gathered by [`scan`].
+/// Reads one record.
+pub(crate) fn get<T: DeserializeOwned>(database: &impl KeyValue, key: &[u8]) -> Result<Option<T>> {
+    get_payload(database, key)?.map(|payload| decode(key, &payload)).transpose()
+}
+
+/// A record whose fragments are being gathered by [`scan_payloads`].
 struct Pending {
     key: Vec<u8>,
     payload: Vec<u8>,
@@ -231,24 +158,41 @@ struct Pending {
     fragments: u32,
 }
 
-/// Visits all records with a prefix in order of their keys.
+/// Visits all records of a range in its order.
 pub(crate) fn scan<T: DeserializeOwned>(
     database: &impl KeyValue,
-    prefix: &[u8],
+    range: &KeyRange,
     mut visit: impl FnMut(&[u8], T) -> Result<ControlFlow<()>>,
+) -> Result<()> {
+    scan_payloads(database, range, |key, payload| visit(key, decode(key, payload)?))
+}
+
+/// Visits the payloads of all records of a range in its order. What a longer earlier value of a record left behind is
+/// passed over.
+pub(crate) fn scan_payloads(
+    database: &impl KeyValue,
+    range: &KeyRange,
+    mut visit: impl FnMut(&[u8], &[u8]) -> Result<ControlFlow<()>>,
 ) -> Result<()> {
     let mut pending: Option<Pending> = None;
     let incomplete = |pending: &Pending| {
         corrupt(&pending.key, format!("fragment {} of {} is missing", pending.next, pending.fragments))
     };
-    database.scan(prefix, &mut |key, value| {
+    database.scan(range, &mut |key, value| {
         if !is_fragment(key) {
             if let Some(pending) = &pending {
                 return Err(incomplete(pending));
             }
             let (payload, fragments) = parse(key, value)?;
             if fragments == 1 {
-                return visit(key, decode(key, payload)?);
+                return visit(key, payload);
+            }
+            if range.descending {
+                // Its fragments were passed a moment ago; long records are few, so they are read again.
+                return match get_payload(database, key)? {
+                    Some(payload) => visit(key, &payload),
+                    None => Ok(ControlFlow::Continue(())),
+                };
             }
             pending = Some(Pending { key: key.to_vec(), payload: payload.to_vec(), next: 1, fragments });
             return Ok(ControlFlow::Continue(()));
@@ -264,7 +208,7 @@ pub(crate) fn scan<T: DeserializeOwned>(
             pending = Some(record);
             return Ok(ControlFlow::Continue(()));
         }
-        visit(&record.key, decode(&record.key, &record.payload)?)
+        visit(&record.key, &record.payload)
     })?;
     pending.map_or(Ok(()), |pending| Err(incomplete(&pending)))
 }

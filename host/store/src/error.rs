@@ -54,7 +54,7 @@ pub enum StoreError {
         transition: IllegalTransition,
     },
     /// Spans of an attempt must be consecutive.
-    #[error("attempt {key} has {expected} spans, so the next one is number {expected}, not {found}")]
+    #[error("the next span of attempt {key} is number {expected}, not {found}")]
     SpanOrder {
         /// Which attempt.
         key: AttemptKey,
@@ -83,6 +83,27 @@ pub enum StoreError {
     /// A prompt template was published on top of a version that does not exist.
     #[error("there is no version {0} of the resources")]
     UnknownResources(u64),
+    /// A fork refers to something that is not there, or that may still change.
+    #[error("rollout `{id}` cannot fork {ancestor} at event {event}: {detail}")]
+    InvalidFork {
+        /// The fork.
+        id: RolloutId,
+        /// What it wants to fork.
+        ancestor: AttemptKey,
+        /// The first event that it would not take over.
+        event: u64,
+        /// Why not.
+        detail: String,
+    },
+    /// A worker's id is empty, too long or has control characters.
+    #[error(
+        "`{id}` is not a valid id of a worker: use 1 to {} bytes without control characters",
+        crate::WORKER_ID_BYTES_MAX
+    )]
+    InvalidWorkerId {
+        /// The refused id, shortened to what can be printed.
+        id: String,
+    },
     /// A value could not be encoded.
     #[error("a record could not be encoded: {0}")]
     Encode(String),
@@ -94,6 +115,25 @@ pub enum StoreError {
         /// What is wrong.
         detail: String,
     },
+    /// A line of a file cannot be imported.
+    #[error("{file} line {line}: {detail}")]
+    Import {
+        /// The file, as the caller called it.
+        file: String,
+        /// The line, from 1.
+        line: u64,
+        /// What is wrong.
+        detail: String,
+    },
+    /// Import needs a store without anything in it.
+    #[error("the store in {} holds something already", dir.display())]
+    NotEmpty {
+        /// The store's directory.
+        dir: PathBuf,
+    },
+    /// Whoever takes an export does not take it.
+    #[error("the export cannot be written")]
+    Export(#[source] Arc<io::Error>),
     /// Another process has the directory open.
     #[error("the store in {} is in use by another process", dir.display())]
     InUse {

@@ -8,48 +8,54 @@
 //! One mutex orders all writes. Encoding happens before it is taken and waiting for the disk after it is released;
 //! threads that wait at the same time share one sync.
 
+#[cfg(test)]
+mod acknowledgements;
+mod blobs;
+mod counters;
 mod operations;
+mod prune;
+mod queries;
 mod resources;
+mod syncs;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Instant;
 
 use fulgurite_core::id::{AttemptKey, AttemptNumber, RolloutId};
 use fulgurite_core::record::{AttemptRecord, RolloutRecord};
 use fulgurite_core::state::{AttemptState, IllegalTransition, RolloutState};
-use serde::{Deserialize, Serialize};
 
+pub(crate) use self::blobs::check_worker_id;
+pub(crate) use self::counters::Counters;
+pub(crate) use self::resources::ResourcesRecord;
+use self::syncs::Syncs;
+use crate::check;
 use crate::codec::{self, SpanBlock};
 use crate::error::{Result, StoreError};
 use crate::key_value::{Batch, KeyValue};
+use crate::keys;
+use crate::records::CheckReport;
+use crate::sled_store::{Progress, SCHEMA_VERSION};
 
-/// Counts of what is in the database, written with every batch.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-struct Counters {
-    rollouts: BTreeMap<RolloutState, u64>,
-    attempts: u64,
-    spans: u64,
-    span_bytes: u64,
-    /// Also the next ordinal.
-    rollouts_total: u64,
-    resources_version: u64,
-    /// Batches applied since the store was made.
-    commits: u64,
+/// Rollouts held in memory beyond which waiting ones are read from the disk again. 65,536: about 50 MB.
+const WAITING_MAX: usize = 65_536;
+
+/// What a new database begins with.
+pub(crate) fn first_records(counters: &Counters) -> Result<Batch> {
+    let mut batch = vec![(keys::schema_key(), Some(SCHEMA_VERSION.to_be_bytes().to_vec()))];
+    codec::put(&mut batch, keys::counters_key(), &codec::encode(counters)?)?;
+    Ok(batch)
 }
 
-impl Counters {
-    /// A rollout changes from what is on disk to what it is now.
-    fn count(&mut self, entry: &Entry) {
-        if let Some(count) = entry.stored_state.and_then(|state| self.rollouts.get_mut(&state)) {
-            *count = count.saturating_sub(1);
-        }
-        *self.rollouts.entry(entry.rollout.state).or_default() += 1;
-        self.attempts += (entry.attempts.len() - entry.stored_attempts.min(entry.attempts.len())) as u64;
-    }
-}
+/// What is stored of a rollout under its ordinal.
+pub(crate) type StoredRollout = (RolloutRecord, Vec<AttemptRecord>);
 
-/// What is stored of a rollout under its id.
-type StoredRollout = (RolloutRecord, Vec<AttemptRecord>);
+/// Sequence of the first span that a rollout's attempts record themselves: a fork goes on where it left its ancestor, whose
+/// spans are referred to and not copied.
+pub(crate) fn first_own_sequence(rollout: &RolloutRecord) -> u64 {
+    rollout.spec.fork_of.as_ref().map_or(0, |fork| fork.event)
+}
 
 /// A rollout with its attempts as it is now, and what the disk knows of it.
 #[derive(Debug, Clone)]
@@ -61,9 +67,23 @@ struct Entry {
     stored_state: Option<RolloutState>,
     /// How many of the attempts are on disk.
     stored_attempts: usize,
+    /// How many of the attempts are on disk with their outcome.
+    stored_outcomes: usize,
 }
 
 impl Entry {
+    /// A rollout that is not on disk yet.
+    const fn new(rollout: RolloutRecord) -> Self {
+        Self { rollout, attempts: vec![], stored_state: None, stored_attempts: 0, stored_outcomes: 0 }
+    }
+
+    /// Everything is on disk as it is now.
+    fn mark_stored(&mut self) {
+        self.stored_state = Some(self.rollout.state);
+        self.stored_attempts = self.attempts.len();
+        self.stored_outcomes = self.attempts.iter().filter(|attempt| attempt.outcome.is_some()).count();
+    }
+
     fn is_live(&self) -> bool {
         matches!(self.rollout.state, RolloutState::Preparing | RolloutState::Running)
     }
@@ -92,6 +112,27 @@ impl Entry {
         self.attempts.last_mut().ok_or_else(unknown)
     }
 
+    /// Begins the next attempt of a rollout that waits for one.
+    fn begin(&mut self, start_unix_ns: u64, worker: &str) -> Result<AttemptRecord> {
+        self.step_rollout(RolloutState::Preparing)?;
+        let number = self.rollout.attempt.map_or(AttemptNumber::FIRST, AttemptNumber::next);
+        self.rollout.attempt = Some(number);
+        let attempt = AttemptRecord {
+            key: AttemptKey { rollout: self.rollout.spec.id.clone(), attempt: number },
+            state: AttemptState::Preparing,
+            start_unix_ns,
+            end_unix_ns: 0,
+            outcome: None,
+            rewards: vec![],
+            spans: 0,
+            guest_cpu_us: 0,
+            worker: worker.to_owned(),
+            not_forkable: None,
+        };
+        self.attempts.push(attempt.clone());
+        Ok(attempt)
+    }
+
     /// Moves attempt and rollout on by the transition tables.
     fn step(&mut self, attempt: AttemptState, rollout: RolloutState) -> Result<()> {
         let id = self.rollout.spec.id.clone();
@@ -109,8 +150,9 @@ impl Entry {
 }
 
 #[derive(Debug, Default)]
-struct State {
-    /// Rollouts with a live attempt, as far as this process has seen them.
+pub(crate) struct State {
+    /// Rollouts with a live attempt, as far as this process has seen them, and some that wait for one: what is begun next
+    /// need not be read back from the disk.
     live: HashMap<RolloutId, Entry>,
     counters: Counters,
 }
@@ -121,27 +163,45 @@ pub(crate) struct Ledger<D> {
     state: Mutex<State>,
     /// How many of the commits are safe.
     synced: Mutex<u64>,
+    syncs: Syncs,
     /// Why nothing is written any more.
     broken: OnceLock<String>,
 }
 
 impl<D: KeyValue> Ledger<D> {
-    /// A ledger over a database that is empty.
+    /// A ledger over a database that is empty, and that cannot fail.
     pub(crate) fn empty(database: D) -> Self {
-        Self { database, state: Mutex::default(), synced: Mutex::new(0), broken: OnceLock::new() }
+        let counters = Counters::first();
+        if let Ok(batch) = first_records(&counters) {
+            let _cannot_fail = database.apply(batch);
+        }
+        let synced = Mutex::new(counters.commits);
+        let state = Mutex::new(State { live: HashMap::new(), counters });
+        Self { database, state, synced, syncs: Syncs::default(), broken: OnceLock::new() }
     }
 
     /// A ledger over a database that may hold records.
     pub(crate) fn open(database: D) -> Result<Self> {
-        let counters: Counters = codec::get(&database, &codec::counters_key())?.unwrap_or_default();
+        let counters: Counters = codec::get(&database, &keys::counters_key())?.unwrap_or_default();
         database.check_complete(counters.commits)?;
+        let syncs = Syncs::default();
         let synced = Mutex::new(counters.commits);
         let state = Mutex::new(State { live: HashMap::new(), counters });
-        Ok(Self { database, state, synced, broken: OnceLock::new() })
+        Ok(Self { database, state, synced, syncs, broken: OnceLock::new() })
+    }
+
+    pub(crate) const fn database(&self) -> &D {
+        &self.database
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reads everything that is on disk, while nobody writes.
+    pub(crate) fn check(&self, progress: Progress<'_>) -> Result<CheckReport> {
+        let _nobody_writes = self.lock();
+        check::run(&self.database, progress)
     }
 
     fn check_writable(&self) -> Result<()> {
@@ -162,20 +222,34 @@ impl<D: KeyValue> Ledger<D> {
         }
         self.check_writable()?;
         let covered = self.lock().counters.commits;
+        let start = Instant::now();
         if let Err(error) = self.database.sync(covered) {
             return self.break_down(error);
         }
+        self.syncs.add(start.elapsed(), covered - *synced);
         *synced = covered;
         Ok(())
     }
 
+    /// Ordinal of a rollout.
+    fn ordinal(&self, id: &RolloutId) -> Result<Option<u64>> {
+        codec::get(&self.database, &keys::index_key(id))
+    }
+
     /// A rollout as it stands on disk.
     fn stored(&self, id: &RolloutId) -> Result<Option<Entry>> {
-        let key = codec::rollout_key(id);
-        let Some((rollout, attempts)) = codec::get::<StoredRollout>(&self.database, &key)? else { return Ok(None) };
+        let Some(ordinal) = self.ordinal(id)? else { return Ok(None) };
+        let key = keys::rollout_key(ordinal);
+        let Some((rollout, attempts)) = codec::get::<StoredRollout>(&self.database, &key)? else {
+            return Err(codec::corrupt(&keys::index_key(id), format!("there is no rollout #{ordinal}")));
+        };
         check_stored(&key, &rollout, &attempts)?;
-        let (stored_state, stored_attempts) = (Some(rollout.state), attempts.len());
-        Ok(Some(Entry { rollout, attempts, stored_state, stored_attempts }))
+        if rollout.spec.id != *id {
+            return Err(codec::corrupt(&keys::index_key(id), format!("it leads to rollout `{}`", rollout.spec.id)));
+        }
+        let mut entry = Entry { rollout, attempts, stored_state: None, stored_attempts: 0, stored_outcomes: 0 };
+        entry.mark_stored();
+        Ok(Some(entry))
     }
 
     /// A rollout as it is now.
@@ -188,9 +262,9 @@ impl<D: KeyValue> Ledger<D> {
 }
 
 /// Checks what follows from how records are written, so that damage that decodes is found too.
-fn check_stored(key: &[u8], rollout: &RolloutRecord, attempts: &[AttemptRecord]) -> Result<()> {
-    if codec::rollout_key(&rollout.spec.id) != key {
-        return Err(codec::corrupt(key, format!("it is that of rollout `{}`", rollout.spec.id)));
+pub(crate) fn check_stored(key: &[u8], rollout: &RolloutRecord, attempts: &[AttemptRecord]) -> Result<()> {
+    if keys::rollout_key(rollout.ordinal) != key {
+        return Err(codec::corrupt(key, format!("it is that of rollout #{}", rollout.ordinal)));
     }
     let numbered = (1..).zip(attempts).all(|(number, attempt)| {
         attempt.key.attempt == AttemptNumber(number) && attempt.key.rollout == rollout.spec.id
@@ -241,16 +315,19 @@ impl<'a, D: KeyValue> Stage<'a, D> {
             newest.spans += spans as u64;
             counters.spans += spans as u64;
             for block in blocks {
-                let key = codec::spans_key(ordinal, newest.key.attempt, block.first_sequence);
+                let key = keys::spans_key(ordinal, newest.key.attempt, block.first_sequence);
                 codec::put(&mut batch, key, &block.payload)?;
                 counters.span_bytes += block.payload.len() as u64;
             }
         }
         let payload = codec::encode(&(&entry.rollout, &entry.attempts))?;
-        codec::put(&mut batch, codec::rollout_key(&entry.rollout.spec.id), &payload)?;
+        codec::put(&mut batch, keys::rollout_key(entry.rollout.ordinal), &payload)?;
+        if entry.stored_state.is_none() {
+            let key = keys::index_key(&entry.rollout.spec.id);
+            codec::put(&mut batch, key, &codec::encode(&entry.rollout.ordinal)?)?;
+        }
         counters.count(&entry);
-        entry.stored_state = Some(entry.rollout.state);
-        entry.stored_attempts = entry.attempts.len();
+        entry.mark_stored();
         self.batch.append(&mut batch);
         self.counters = counters;
         self.changed.insert(entry.rollout.spec.id.clone(), entry);
@@ -264,7 +341,7 @@ impl<'a, D: KeyValue> Stage<'a, D> {
             return Ok(state.counters.commits);
         }
         counters.commits += 1;
-        codec::put(&mut batch, codec::counters_key(), &codec::encode(&counters)?)?;
+        codec::put(&mut batch, keys::counters_key(), &codec::encode(&counters)?)?;
         if let Err(error) = ledger.database.apply(batch) {
             return ledger.break_down(error);
         }
@@ -272,7 +349,8 @@ impl<'a, D: KeyValue> Stage<'a, D> {
         state.counters = counters;
         #[expect(clippy::iter_over_hash_type, reason = "from one map into another")]
         for (id, entry) in changed {
-            if entry.is_live() {
+            let waits = !entry.rollout.state.is_terminal() && state.live.len() < WAITING_MAX;
+            if entry.is_live() || waits {
                 state.live.insert(id, entry);
             } else {
                 state.live.remove(&id);

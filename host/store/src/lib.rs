@@ -9,10 +9,23 @@
 //!
 //! # What is durable when
 //! [`enqueue`](RolloutStore::enqueue), [`append_spans`](RolloutStore::append_spans),
-//! [`finish_attempts`](RolloutStore::finish_attempts), [`cancel`](RolloutStore::cancel) and
-//! [`publish_template`](RolloutStore::publish_template) return after flush *and* fdatasync. The start of an attempt is
-//! kept in memory until its first spans or its end are written: a crash before that leaves a rollout that was never
-//! begun, which is what it is. Threads that commit at the same time share one fdatasync.
+//! [`finish_attempts`](RolloutStore::finish_attempts), [`cancel`](RolloutStore::cancel),
+//! [`publish_template`](RolloutStore::publish_template) and [`prune`](RolloutStore::prune) return after flush *and*
+//! fdatasync. Threads that commit at the same time share one. Blobs and workers are visible at once and durable with the
+//! next of these. The start of an attempt is kept in memory until its first spans or its end are written: a crash before
+//! that leaves a rollout that was never begun, which is what it is.
+//!
+//! # Forks
+//! A rollout with `fork_of` refers to the first `event` spans of an attempt that has ended, and its own spans go on from
+//! there: [`spans`](RolloutStore::spans) and [`AttemptRecord::spans`](fulgurite_core::record::AttemptRecord) mean these
+//! alone, [`trajectory`](RolloutStore::trajectory) reads the whole.
+//!
+//! # Upkeep
+//! sled's file only grows. [`prune`](RolloutStore::prune) drops rollouts by a rule, [`SledStore::compact`] gives back what
+//! is not needed any more, [`check`](RolloutStore::check) reads everything and says what is wrong,
+//! [`export`](RolloutStore::export) and [`SledStore::import`] carry a store as text without loss, and
+//! [`SledStore::open`] brings what an older Fulgurite wrote to this schema. Whatever replaces a database writes it beside the
+//! old one, reads it back, and switches by one rename.
 //!
 //! ```
 //! use fulgurite_store::{MemoryStore, RolloutQuery, RolloutStore};
@@ -25,34 +38,59 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod bare_sled;
+mod benchmark;
+mod check;
 mod codec;
 mod delegate;
 mod error;
+pub mod format;
+mod hex;
+mod jsonl;
 mod key_value;
+mod keys;
 mod ledger;
 mod memory;
+mod migrate;
+mod query;
 mod records;
+#[cfg(test)]
+#[path = "../tests/support/samples.rs"]
+#[allow(dead_code, clippy::unwrap_used, reason = "shared with tests that use more of it, and fails by panicking")]
+mod samples;
 mod sled_store;
+mod span_text;
 
-use fulgurite_core::id::{AttemptKey, RolloutId};
-use fulgurite_core::record::{AttemptRecord, RolloutRecord, RolloutSpec};
+use fulgurite_core::id::{AttemptKey, ContentHash, RolloutId};
+use fulgurite_core::record::{AttemptRecord, RolloutRecord, RolloutSpec, WorkerRecord};
 use fulgurite_core::span::Span;
 
+pub use benchmark::{BenchmarkReport, BenchmarkSettings, benchmark};
+pub use check::FINDINGS_MAX;
 pub use codec::VALUE_BYTES_MAX;
 pub use error::{Result, StoreError};
+pub use jsonl::JSONL_VERSION;
 pub use memory::MemoryStore;
-pub use records::{AttemptFinish, Enqueued, RolloutQuery, StoreStatistics, Template};
-pub use sled_store::{SCHEMA_VERSION, SledStore};
+pub use query::{
+    AttemptQuery, BodyKind, Cursor, InvalidCursor, PAGE_ITEMS_DEFAULT, PAGE_ITEMS_MAX, Page, ResourceQuery,
+    RolloutQuery, RolloutRow, RolloutSort, SpanQuery, WorkerQuery, reward_of,
+};
+pub use records::{
+    AttemptFinish, CheckReport, CompactReport, Enqueued, Finding, PruneReport, PruneRule, StoreStatistics,
+    SyncStatistics, Template, TransferReport, WORKER_ID_BYTES_MAX, unknown_content,
+};
+pub use sled_store::{Progress, SCHEMA_VERSION, SledStore};
 
 /// Keeps rollouts, attempts, spans and prompt templates of one run. See DESIGN.md 5.3 for states and order.
 ///
 /// Every method is atomic, and safe to call from many threads.
 pub trait RolloutStore: Send + Sync {
     /// Enqueues rollouts in order, in one durable commit: all of them or, on an error, none. A rollout that is there
-    /// already with an equal spec is returned as it stands, which makes a repeated call safe.
+    /// already with an equal spec is returned as it stands, which makes a repeated call safe. A fork may only refer to an
+    /// attempt that has ended, so that its prefix never changes.
     ///
     /// # Errors
-    /// [`StoreError::Conflict`] when an id is taken by another spec; errors of writing.
+    /// [`StoreError::Conflict`] when an id is taken by another spec; [`StoreError::InvalidFork`]; errors of writing.
     fn enqueue(&self, specs: Vec<RolloutSpec>) -> Result<Vec<Enqueued>>;
 
     /// One rollout.
@@ -61,18 +99,20 @@ pub trait RolloutStore: Send + Sync {
     /// Errors of reading.
     fn rollout(&self, id: &RolloutId) -> Result<Option<RolloutRecord>>;
 
-    /// Rollouts that fit a query, in the order in which they were enqueued.
+    /// Rollouts that fit a query, all pages of them from `offset` up to `limit`.
     ///
     /// # Errors
     /// Errors of reading.
     fn rollouts(&self, query: &RolloutQuery) -> Result<Vec<RolloutRecord>>;
 
     /// Begins the next attempt of a rollout, in state `preparing`. A rollout that is still live (a crash left it) first
-    /// has its attempt marked `unresponsive`. `start_unix_ns` is the real time of the start.
+    /// has its attempt marked `unresponsive`. `start_unix_ns` is the real time of the start, `worker` the id of who runs
+    /// it, or empty.
     ///
     /// # Errors
-    /// [`StoreError::UnknownRollout`]; [`StoreError::RolloutEnded`] when the rollout is terminal; errors of writing.
-    fn begin_attempt(&self, id: &RolloutId, start_unix_ns: u64) -> Result<AttemptRecord>;
+    /// [`StoreError::UnknownRollout`]; [`StoreError::RolloutEnded`] when the rollout is terminal;
+    /// [`StoreError::InvalidWorkerId`]; errors of writing.
+    fn begin_attempt(&self, id: &RolloutId, start_unix_ns: u64, worker: &str) -> Result<AttemptRecord>;
 
     /// The attempt's agent starts to run.
     ///
@@ -81,7 +121,8 @@ pub trait RolloutStore: Send + Sync {
     /// [`StoreError::UnknownRollout`]; [`StoreError::IllegalTransition`] when it runs already.
     fn mark_running(&self, key: &AttemptKey) -> Result<()>;
 
-    /// Appends spans of a live attempt. Durable on return. Their sequences go on where the last call ended, from 0.
+    /// Appends spans of a live attempt. Durable on return. Their sequences go on where the last call ended: from 0, or,
+    /// when the rollout is a fork, from the event at which it left its ancestor.
     ///
     /// # Errors
     /// As [`mark_running`](Self::mark_running); [`StoreError::SpanOrder`] and [`StoreError::ForeignSpan`] when the
@@ -100,7 +141,8 @@ pub trait RolloutStore: Send + Sync {
     ///
     /// # Errors
     /// Per item: as [`append_spans`](Self::append_spans); [`StoreError::IllegalTransition`] when the states asked for
-    /// do not follow from those there are; [`StoreError::InvalidReward`].
+    /// do not follow from those there are, or when only one of attempt and rollout succeeded;
+    /// [`StoreError::InvalidReward`].
     fn finish_attempts(&self, finishes: Vec<AttemptFinish>) -> Vec<Result<()>>;
 
     /// Cancels a rollout. A live attempt of it is recorded as failed with the outcome `cancelled`, and what it still
@@ -116,11 +158,76 @@ pub trait RolloutStore: Send + Sync {
     /// [`StoreError::UnknownRollout`]; errors of reading.
     fn attempts(&self, id: &RolloutId) -> Result<Vec<AttemptRecord>>;
 
-    /// All recorded spans of an attempt, by sequence.
+    /// All spans that an attempt has recorded itself, by sequence. Those of a fork begin with the event at which it left
+    /// its ancestor.
     ///
     /// # Errors
     /// [`StoreError::UnknownRollout`], [`StoreError::UnknownAttempt`]; errors of reading.
     fn spans(&self, key: &AttemptKey) -> Result<Vec<Span>>;
+
+    /// The whole history of an attempt, by sequence from 0: of a fork, first what it took over from its ancestors, under
+    /// their keys, and then its own spans.
+    ///
+    /// # Errors
+    /// As [`spans`](Self::spans).
+    fn trajectory(&self, key: &AttemptKey) -> Result<Vec<Span>>;
+
+    /// One page of rollouts with their newest attempts.
+    ///
+    /// # Errors
+    /// Errors of reading.
+    fn rollout_page(&self, query: &RolloutQuery) -> Result<Page<RolloutRow>>;
+
+    /// One page of attempts.
+    ///
+    /// # Errors
+    /// [`StoreError::UnknownRollout`] when the query names one; errors of reading.
+    fn attempt_page(&self, query: &AttemptQuery) -> Result<Page<AttemptRecord>>;
+
+    /// One page of the spans that an attempt has recorded itself.
+    ///
+    /// # Errors
+    /// [`StoreError::UnknownRollout`], [`StoreError::UnknownAttempt`]; errors of reading.
+    fn span_page(&self, query: &SpanQuery) -> Result<Page<Span>>;
+
+    /// One page of published prompt templates.
+    ///
+    /// # Errors
+    /// Errors of reading.
+    fn resource_page(&self, query: &ResourceQuery) -> Result<Page<Template>>;
+
+    /// One page of workers.
+    ///
+    /// # Errors
+    /// Errors of reading.
+    fn worker_page(&self, query: &WorkerQuery) -> Result<Page<WorkerRecord>>;
+
+    /// Keeps values under their content hashes, which are returned in order. What is there already is not written again.
+    /// Visible on return; durable with the next durable commit, so that an [`enqueue`](Self::enqueue) after it covers
+    /// what its specs refer to.
+    ///
+    /// # Errors
+    /// Errors of writing.
+    fn put_blobs(&self, blobs: Vec<Vec<u8>>) -> Result<Vec<ContentHash>>;
+
+    /// A value by its content hash.
+    ///
+    /// # Errors
+    /// [`StoreError::Corrupt`] when what is there has another hash; errors of reading.
+    fn blob(&self, hash: &ContentHash) -> Result<Option<Vec<u8>>>;
+
+    /// Keeps what is known of a worker, in place of what was known before. Visible on return; durable with the next
+    /// durable commit.
+    ///
+    /// # Errors
+    /// [`StoreError::InvalidWorkerId`]; errors of writing.
+    fn put_worker(&self, worker: WorkerRecord) -> Result<()>;
+
+    /// All workers, by id.
+    ///
+    /// # Errors
+    /// Errors of reading.
+    fn workers(&self) -> Result<Vec<WorkerRecord>>;
 
     /// Publishes a prompt template on top of version `after` of the resources (0: nothing published yet) and returns
     /// the new version, in which all other templates are those of `after`. Versions are immutable. A repeated call
@@ -149,6 +256,28 @@ pub trait RolloutStore: Send + Sync {
     /// # Errors
     /// Errors of reading.
     fn resources_version(&self) -> Result<u64>;
+
+    /// Drops rollouts that have ended, with their attempts and spans. One that a fork which stays refers to stays too.
+    /// Durable on return; a crash meanwhile leaves some dropped and the others whole. Space on disk is given back by
+    /// [`SledStore::compact`].
+    ///
+    /// # Errors
+    /// Errors of reading and writing.
+    fn prune(&self, rule: &PruneRule) -> Result<PruneReport>;
+
+    /// Reads everything that is on disk and says what is wrong. Nobody writes meanwhile. `progress` hears how many keys
+    /// are done.
+    ///
+    /// # Errors
+    /// Errors of reading the database itself; a record that is damaged is a finding.
+    fn check(&self, progress: Progress<'_>) -> Result<CheckReport>;
+
+    /// Writes everything that is on disk as lines of JSON, from which [`SledStore::import`] makes an equal store. Rollouts
+    /// are exported as they are when their turn comes. `progress` hears how many lines are done.
+    ///
+    /// # Errors
+    /// [`StoreError::Export`] when `to` fails; errors of reading.
+    fn export(&self, to: &mut dyn std::io::Write, progress: Progress<'_>) -> Result<TransferReport>;
 
     /// Counts.
     ///

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
 #[path = "support/samples.rs"]
+#[allow(dead_code, reason = "shared with tests that use more of it")]
 mod samples;
 
 use std::collections::BTreeMap;
@@ -12,7 +13,7 @@ use fulgurite_core::id::RolloutId;
 use fulgurite_core::reward::InvalidReward;
 use fulgurite_core::state::{AttemptState, RolloutState};
 use fulgurite_store::{
-    AttemptFinish, Enqueued, MemoryStore, RolloutQuery, RolloutStore, SledStore, StoreError, StoreStatistics,
+    AttemptFinish, Enqueued, MemoryStore, PruneRule, RolloutQuery, RolloutStore, SledStore, StoreError, StoreStatistics,
 };
 use proptest::prelude::*;
 use samples::{key, outcome, reward, rollout_id, span, spans, spec};
@@ -30,7 +31,10 @@ enum Op {
     Finish(Vec<(u64, Which, AttemptState, RolloutState, u64, f64)>),
     Cancel(u64),
     Publish(u64, u8, u8),
+    /// Retention of rollouts that ended in this state.
+    Prune(RolloutState),
     Reopen,
+    Compact,
 }
 
 /// Which attempt of a rollout is written to.
@@ -47,6 +51,7 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         4 => Just(AttemptState::Succeeded),
         2 => Just(AttemptState::Failed),
         1 => Just(AttemptState::Timeout),
+        1 => Just(AttemptState::Unresponsive),
         1 => Just(AttemptState::Running),
     ];
     let rollout_state = prop_oneof![
@@ -67,7 +72,9 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
             .prop_map(Op::Finish),
         1 => (0..ROLLOUTS).prop_map(Op::Cancel),
         1 => (0..4_u64, 0..2_u8, 0..2_u8).prop_map(|(after, name, text)| Op::Publish(after, name, text)),
+        1 => prop::sample::select(RolloutState::ALL.to_vec()).prop_map(Op::Prune),
         2 => Just(Op::Reopen),
+        1 => Just(Op::Compact),
     ];
     prop::collection::vec(op, 1..60)
 }
@@ -82,6 +89,7 @@ struct ModelAttempt {
 #[derive(Debug, Clone, PartialEq)]
 struct ModelRollout {
     index: u64,
+    ordinal: u64,
     warm: bool,
     state: RolloutState,
     attempts: Vec<ModelAttempt>,
@@ -97,6 +105,7 @@ struct Both {
 #[derive(Debug, Default)]
 struct Model {
     rollouts: Vec<Both>,
+    next_ordinal: u64,
     /// (after, name, text) of each version from 1, and its templates.
     resources: Vec<(Publication, BTreeMap<u8, u8>)>,
 }
@@ -151,18 +160,25 @@ impl Model {
     }
 
     fn enqueue(&mut self, items: &[(u64, bool)]) -> Result<Vec<bool>, &'static str> {
-        let before = self.rollouts.len();
+        let before = (self.rollouts.len(), self.next_ordinal);
         let mut existing = vec![];
         for (index, warm) in items {
             match self.find(*index) {
                 Some(both) if both.now.warm != *warm => {
-                    self.rollouts.truncate(before);
+                    self.rollouts.truncate(before.0);
+                    self.next_ordinal = before.1;
                     return Err("conflict");
                 }
                 Some(_) => existing.push(true),
                 None => {
-                    let now =
-                        ModelRollout { index: *index, warm: *warm, state: RolloutState::Queuing, attempts: vec![] };
+                    let now = ModelRollout {
+                        index: *index,
+                        ordinal: self.next_ordinal,
+                        warm: *warm,
+                        state: RolloutState::Queuing,
+                        attempts: vec![],
+                    };
+                    self.next_ordinal += 1;
                     self.rollouts.push(Both { disk: now.clone(), now });
                     existing.push(false);
                 }
@@ -224,6 +240,9 @@ impl Model {
         if attempt == AttemptState::Running || rollout == RolloutState::Running {
             return Err("illegal");
         }
+        if (attempt == AttemptState::Succeeded) != (rollout == RolloutState::Succeeded) {
+            return Err("illegal");
+        }
         let both = self.live(index, number)?;
         let prepared = both.now.state == RolloutState::Preparing;
         if prepared && (attempt == AttemptState::Succeeded || rollout == RolloutState::Succeeded) {
@@ -265,6 +284,12 @@ impl Model {
         Ok(self.resources.len() as u64)
     }
 
+    fn prune(&mut self, state: RolloutState) -> u64 {
+        let before = self.rollouts.len();
+        self.rollouts.retain(|both| !(state.is_terminal() && both.now.state == state));
+        (before - self.rollouts.len()) as u64
+    }
+
     fn reopen(&mut self) {
         for both in &mut self.rollouts {
             both.now = both.disk.clone();
@@ -275,8 +300,8 @@ impl Model {
 /// A store under test.
 trait Harness {
     fn store(&self) -> &dyn RolloutStore;
-    /// Closes and opens it again; `false` when it does not outlive its process.
-    fn reopen(&mut self) -> bool;
+    /// Closes and opens it again, perhaps compacted; `false` when it does not outlive its process.
+    fn reopen(&mut self, compact: bool) -> bool;
 }
 
 struct InMemory(MemoryStore);
@@ -285,7 +310,7 @@ impl Harness for InMemory {
     fn store(&self) -> &dyn RolloutStore {
         &self.0
     }
-    fn reopen(&mut self) -> bool {
+    fn reopen(&mut self, _compact: bool) -> bool {
         false
     }
 }
@@ -306,8 +331,11 @@ impl Harness for OnDisk {
     fn store(&self) -> &dyn RolloutStore {
         self.store.as_ref().unwrap()
     }
-    fn reopen(&mut self) -> bool {
+    fn reopen(&mut self, compact: bool) -> bool {
         self.store = None;
+        if compact {
+            SledStore::compact(self.dir.path(), &mut |_| {}).unwrap();
+        }
         self.store = Some(SledStore::open(self.dir.path()).unwrap());
         true
     }
@@ -334,7 +362,7 @@ fn apply(harness: &mut dyn Harness, model: &mut Model, op: &Op) {
             assert_eq!(got, model.enqueue(items));
         }
         Op::Begin(index) => {
-            let got = verdict(store.begin_attempt(&rollout_id(*index), 5));
+            let got = verdict(store.begin_attempt(&rollout_id(*index), 5, ""));
             assert_eq!(got.as_ref().map(|_| ()).map_err(|name| *name), model.begin(*index));
             if let Ok(attempt) = got {
                 assert_eq!(attempt.key, key(&rollout_id(*index), model.attempt_number(*index, Which::Newest)));
@@ -375,7 +403,8 @@ fn apply(harness: &mut dyn Harness, model: &mut Model, op: &Op) {
                     rewards: vec![reward(*value)],
                     end_unix_ns: 9,
                     guest_cpu_us: 3,
-                    spans: spans(&key, from, *count),
+                    not_forkable: None,
+                    spans: spans(&key, from, *count).into(),
                     rollout_state: *rollout_state,
                     key,
                 });
@@ -392,8 +421,12 @@ fn apply(harness: &mut dyn Harness, model: &mut Model, op: &Op) {
             let got = verdict(store.publish_template(*after, &format!("name-{name}"), &format!("text-{text}")));
             assert_eq!(got, model.publish(*after, *name, *text));
         }
-        Op::Reopen => {
-            if harness.reopen() {
+        Op::Prune(state) => {
+            let rule = PruneRule { states: vec![*state], ..PruneRule::default() };
+            assert_eq!(store.prune(&rule).unwrap().rollouts, model.prune(*state));
+        }
+        Op::Reopen | Op::Compact => {
+            if harness.reopen(matches!(op, Op::Compact)) {
                 model.reopen();
             }
         }
@@ -405,10 +438,10 @@ fn compare(store: &dyn RolloutStore, model: &Model) {
     let records = store.rollouts(&RolloutQuery::default()).unwrap();
     assert_eq!(records.len(), model.rollouts.len());
     let mut expected = StoreStatistics { resources_version: model.resources.len() as u64, ..Default::default() };
-    for (ordinal, (record, both)) in records.iter().zip(&model.rollouts).enumerate() {
+    for (record, both) in records.iter().zip(&model.rollouts) {
         let rollout = &both.now;
         assert_eq!(record.spec, spec_of(rollout.index, rollout.warm));
-        assert_eq!((record.ordinal, record.state), (ordinal as u64, rollout.state));
+        assert_eq!((record.ordinal, record.state), (rollout.ordinal, rollout.state));
         assert_eq!(record.attempt.map_or(0, |number| number.0 as usize), rollout.attempts.len());
         assert_eq!(store.rollout(&record.spec.id).unwrap().as_ref(), Some(record));
         let attempts = store.attempts(&record.spec.id).unwrap();
@@ -418,6 +451,9 @@ fn compare(store: &dyn RolloutStore, model: &Model) {
             assert_eq!((&got.key, got.state, got.spans), (&key, want.state, want.spans));
             assert_eq!(got.rewards.len(), want.rewards);
             assert_eq!(got.outcome.is_some(), want.state.is_terminal());
+            if let Some(end) = &got.outcome {
+                *expected.outcomes.entry(end.kind).or_default() += 1;
+            }
             let recorded = store.spans(&key).unwrap();
             assert_eq!(recorded, spans(&key, 0, want.spans));
             expected.spans += want.spans;
@@ -427,9 +463,12 @@ fn compare(store: &dyn RolloutStore, model: &Model) {
         *expected.rollouts.entry(rollout.state).or_default() += 1;
         expected.attempts += attempts.len() as u64;
     }
+    let report = store.check(&mut |_| {}).unwrap();
+    assert!(report.is_sound(), "{:?}", report.findings);
     let got = store.statistics().unwrap();
     expected.span_bytes = got.span_bytes;
     expected.disk_bytes = got.disk_bytes;
+    expected.syncs = got.syncs;
     assert_eq!(got, expected);
     for (version, (_, templates)) in (1..).zip(&model.resources) {
         for name in 0..2 {
@@ -444,7 +483,7 @@ fn check(harness: &mut dyn Harness, ops: &[Op]) {
     let mut model = Model::default();
     for op in ops {
         apply(harness, &mut model, op);
-        if matches!(op, Op::Reopen) {
+        if matches!(op, Op::Reopen | Op::Compact) {
             compare(harness.store(), &model);
         }
     }
@@ -494,7 +533,7 @@ over_all_stores! {
 fn queries_filter_and_page(harness: &mut dyn Harness) {
     let store = harness.store();
     store.enqueue((0..32).map(spec).collect()).unwrap();
-    store.begin_attempt(&rollout_id(4), 1).unwrap();
+    store.begin_attempt(&rollout_id(4), 1, "").unwrap();
     let ordinals = |query: RolloutQuery| -> Vec<u64> {
         store.rollouts(&query).unwrap().iter().map(|record| record.ordinal).collect()
     };
@@ -526,7 +565,7 @@ fn a_conflicting_spec_enqueues_nothing(harness: &mut dyn Harness) {
 fn spans_of_another_attempt_are_refused(harness: &mut dyn Harness) {
     let store = harness.store();
     store.enqueue(vec![spec(0)]).unwrap();
-    let key_1 = store.begin_attempt(&rollout_id(0), 1).unwrap().key;
+    let key_1 = store.begin_attempt(&rollout_id(0), 1, "").unwrap().key;
     let other = key(&rollout_id(1), 1);
     let error = store.append_spans(&key_1, &[span(&other, 0)]).unwrap_err();
     assert!(matches!(error, StoreError::ForeignSpan { .. }), "{error}");
@@ -539,7 +578,7 @@ fn spans_of_another_attempt_are_refused(harness: &mut dyn Harness) {
 fn a_span_longer_than_a_block_comes_back(harness: &mut dyn Harness) {
     let store = harness.store();
     store.enqueue(vec![spec(0)]).unwrap();
-    let key = store.begin_attempt(&rollout_id(0), 1).unwrap().key;
+    let key = store.begin_attempt(&rollout_id(0), 1, "").unwrap().key;
     let mut list = spans(&key, 0, 5);
     for (span, bytes) in list.iter_mut().zip([1, 4_080, 1 << 20, 4_096, 100_000]) {
         span.body = samples::body(12, bytes);
@@ -554,11 +593,12 @@ fn a_span_longer_than_a_block_comes_back(harness: &mut dyn Harness) {
         rewards: vec![],
         end_unix_ns: 1,
         guest_cpu_us: 1,
-        spans: list[3..].to_vec(),
+        not_forkable: None,
+        spans: std::sync::Arc::new(list[3..].to_vec()),
         rollout_state: RolloutState::Succeeded,
     };
     store.finish_attempts(vec![finish]).remove(0).unwrap();
-    harness.reopen();
+    harness.reopen(false);
     assert!(harness.store().spans(&key).unwrap() == list);
     assert!(harness.store().attempts(&key.rollout).unwrap()[0].outcome.as_ref() == Some(&long));
 }
@@ -571,7 +611,8 @@ fn finish(key: &fulgurite_core::id::AttemptKey, rollout_state: RolloutState) -> 
         rewards: vec![],
         end_unix_ns: 1,
         guest_cpu_us: 1,
-        spans: vec![],
+        not_forkable: None,
+        spans: std::sync::Arc::default(),
         rollout_state,
     }
 }
@@ -579,7 +620,7 @@ fn finish(key: &fulgurite_core::id::AttemptKey, rollout_state: RolloutState) -> 
 fn two_finishes_of_one_rollout_in_one_commit_see_each_other(harness: &mut dyn Harness) {
     let store = harness.store();
     store.enqueue(vec![spec(0), spec(1)]).unwrap();
-    let keys: Vec<_> = (0..2).map(|index| store.begin_attempt(&rollout_id(index), 1).unwrap().key).collect();
+    let keys: Vec<_> = (0..2).map(|index| store.begin_attempt(&rollout_id(index), 1, "").unwrap().key).collect();
     let finishes = vec![
         finish(&keys[0], RolloutState::Requeuing),
         finish(&keys[1], RolloutState::Failed),
@@ -596,16 +637,16 @@ fn two_finishes_of_one_rollout_in_one_commit_see_each_other(harness: &mut dyn Ha
 fn what_a_worker_left_live_can_go_on_or_be_begun_again(harness: &mut dyn Harness) {
     let store = harness.store();
     store.enqueue(vec![spec(0)]).unwrap();
-    let key_1 = store.begin_attempt(&rollout_id(0), 1).unwrap().key;
+    let key_1 = store.begin_attempt(&rollout_id(0), 1, "").unwrap().key;
     store.mark_running(&key_1).unwrap();
     store.append_spans(&key_1, &spans(&key_1, 0, 3)).unwrap();
-    harness.reopen();
+    harness.reopen(false);
     let store = harness.store();
     // Its worker may still be there.
     store.append_spans(&key_1, &spans(&key_1, 3, 3)).unwrap();
-    harness.reopen();
+    harness.reopen(false);
     let store = harness.store();
-    let second = store.begin_attempt(&rollout_id(0), 2).unwrap();
+    let second = store.begin_attempt(&rollout_id(0), 2, "").unwrap();
     assert_eq!(second.key.attempt.0, 2);
     let error = store.append_spans(&key_1, &spans(&key_1, 6, 1)).unwrap_err();
     assert_eq!(error.to_string(), "attempt grpo-00000-0000/1 is stale: attempt 2 is the newest of its rollout");
@@ -622,7 +663,7 @@ fn threads_write_at_the_same_time(harness: &mut dyn Harness) {
         for thread in 0..4 {
             scope.spawn(move || {
                 for index in (0..32).filter(|index| index % 4 == thread) {
-                    let key = store.begin_attempt(&rollout_id(index), 1).unwrap().key;
+                    let key = store.begin_attempt(&rollout_id(index), 1, "").unwrap().key;
                     store.mark_running(&key).unwrap();
                     for part in 0..4 {
                         store.append_spans(&key, &spans(&key, part * 5, 5)).unwrap();
@@ -632,7 +673,7 @@ fn threads_write_at_the_same_time(harness: &mut dyn Harness) {
             });
         }
     });
-    harness.reopen();
+    harness.reopen(false);
     for index in 0..32 {
         let key = key(&rollout_id(index), 1);
         assert_eq!(harness.store().spans(&key).unwrap(), spans(&key, 0, 20));

@@ -6,13 +6,13 @@
 mod samples;
 
 use fulgurite_core::id::{AttemptNumber, ContentHash};
-use fulgurite_core::record::{AttemptRecord, RolloutRecord};
+use fulgurite_core::record::{AttemptRecord, RolloutRecord, WorkerRecord};
 use fulgurite_core::seed::{Generator, Seed};
 use fulgurite_core::span::Span;
 use fulgurite_core::state::{AttemptState, RolloutState};
 use fulgurite_store::{RolloutQuery, RolloutStore, SCHEMA_VERSION, SledStore, StoreError};
 use proptest::prelude::*;
-use samples::{body, key, outcome, reward, rollout_id, span, spans, spec};
+use samples::{body, fork, key, outcome, reward, rollout_id, span, spans, spec};
 
 /// A span of every kind of body.
 fn all_spans() -> Vec<Span> {
@@ -21,7 +21,12 @@ fn all_spans() -> Vec<Span> {
 }
 
 fn rollout_record() -> RolloutRecord {
-    RolloutRecord { spec: spec(1), state: RolloutState::Requeuing, attempt: Some(AttemptNumber(2)), ordinal: 7 }
+    RolloutRecord {
+        spec: fork(1, &key(&rollout_id(0), 1), 3),
+        state: RolloutState::Requeuing,
+        attempt: Some(AttemptNumber(2)),
+        ordinal: 7,
+    }
 }
 
 fn attempt_record() -> AttemptRecord {
@@ -34,6 +39,18 @@ fn attempt_record() -> AttemptRecord {
         rewards: vec![reward(-0.0)],
         spans: 3,
         guest_cpu_us: 4,
+        worker: "worker".to_owned(),
+        not_forkable: Some("it called out".to_owned()),
+    }
+}
+
+fn worker() -> WorkerRecord {
+    WorkerRecord {
+        id: "worker".to_owned(),
+        process_id: 7,
+        start_unix_ns: 1,
+        heartbeat_unix_ns: u64::MAX,
+        attempts: 300,
     }
 }
 
@@ -51,9 +68,9 @@ fn every_record_comes_back() {
 /// because a record of `fulgurite-core` was changed on purpose, raise `SCHEMA_VERSION` and then put the new hash here.
 #[test]
 fn record_formats_are_pinned() {
-    let bytes = postcard::to_stdvec(&(all_spans(), rollout_record(), attempt_record())).unwrap();
+    let bytes = postcard::to_stdvec(&(all_spans(), rollout_record(), attempt_record(), worker())).unwrap();
     let pinned = (SCHEMA_VERSION, ContentHash::of(&bytes).to_string());
-    assert_eq!(pinned, (1, "23bffeae990e867eb32539199a56ff6da1ae677dbd1f12386520e9d1eeb4de80".to_owned()));
+    assert_eq!(pinned, (2, "1d35052a6255cc1f9669e59848fd11a61093e567f0c26b98b907cab446d9ff21".to_owned()));
 }
 
 /// A store with one finished rollout of three attempts, and its directory.
@@ -61,15 +78,20 @@ fn filled() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     let store = SledStore::open(dir.path()).unwrap();
     store.enqueue(vec![spec(0), spec(1)]).unwrap();
-    let key = store.begin_attempt(&rollout_id(0), 1).unwrap().key;
+    let key = store.begin_attempt(&rollout_id(0), 1, "").unwrap().key;
     store.append_spans(&key, &spans(&key, 0, 60)).unwrap();
     store.publish_template(0, "prompt", &"text".repeat(5_000)).unwrap();
     dir
 }
 
+/// Folder of the current database.
+fn data(dir: &std::path::Path) -> std::path::PathBuf {
+    dir.join(std::fs::read_to_string(dir.join("current")).unwrap().trim_end())
+}
+
 /// Changes values behind the store's back.
 fn tamper(dir: &std::path::Path, change: impl Fn(&[u8], &[u8]) -> Option<Vec<u8>>) -> usize {
-    let database = open_raw(dir);
+    let database = open_raw(&data(dir));
     let mut changed = 0;
     for entry in database.iter() {
         let (key, value) = entry.unwrap();
@@ -116,7 +138,7 @@ fn every_kind_of_damage_is_an_error() {
         |value| [value, &[0]].concat(),
         |value| vec![value[0]; value.len()],
     ];
-    for kind in *b"crst" {
+    for kind in *b"cirst" {
         for change in changes {
             let dir = filled();
             tamper(dir.path(), |key, value| (key[0] == kind).then(|| change(value)));
@@ -138,7 +160,7 @@ fn every_kind_of_damage_is_an_error() {
 #[test]
 fn a_missing_fragment_is_an_error() {
     let dir = filled();
-    let database = open_raw(dir.path());
+    let database = open_raw(&data(dir.path()));
     let fragment = database.scan_prefix(b"t").keys().map(Result::unwrap).find(|key| key.len() > 9).unwrap();
     database.remove(fragment).unwrap();
     database.flush().unwrap();
@@ -153,7 +175,7 @@ fn another_schema_is_refused() {
     let dir = filled();
     tamper(dir.path(), |key, _| (key == b"m").then(|| 9_u32.to_be_bytes().to_vec()));
     let error = SledStore::open(dir.path()).err().unwrap();
-    let expected = format!("the store in {} has schema 9, and this version reads schema 1", dir.path().display());
+    let expected = format!("the store in {} has schema 9, and this version reads schema 2", dir.path().display());
     assert_eq!(error.to_string(), expected);
 }
 
@@ -190,13 +212,13 @@ fn a_path_that_is_no_directory_is_an_error() {
 fn values_stay_small_enough_for_one_file() {
     let dir = filled();
     let store = SledStore::open(dir.path()).unwrap();
-    let second = store.begin_attempt(&rollout_id(1), 1).unwrap().key;
+    let second = store.begin_attempt(&rollout_id(1), 1, "").unwrap().key;
     // Blocks of every size, next to each other.
     for from in 0..400 {
         store.append_spans(&second, &spans(&second, from * 3, 3)).unwrap();
     }
     drop(store);
-    let blobs = std::fs::read_dir(dir.path().join("blobs")).unwrap().count();
+    let blobs = std::fs::read_dir(data(dir.path()).join("blobs")).unwrap().count();
     assert_eq!(blobs, 0, "sled's flush does not cover files of their own");
 }
 
@@ -206,7 +228,7 @@ fn damage_to_the_file_never_loses_anything_silently() {
     let mut refused = 0;
     for _ in 0..60 {
         let dir = filled();
-        let file = dir.path().join("db");
+        let file = data(dir.path()).join("db");
         let mut bytes = std::fs::read(&file).unwrap();
         let used = bytes.iter().rposition(|byte| *byte != 0).unwrap();
         for _ in 0..=generator.below(8) {
@@ -232,8 +254,8 @@ fn damage_to_the_file_never_loses_anything_silently() {
 #[test]
 fn a_store_that_lost_its_database_is_not_taken_for_a_new_one() {
     let dir = filled();
-    std::fs::remove_file(dir.path().join("db")).unwrap();
-    for entry in std::fs::read_dir(dir.path()).unwrap() {
+    std::fs::remove_file(data(dir.path()).join("db")).unwrap();
+    for entry in std::fs::read_dir(data(dir.path())).unwrap() {
         let path = entry.unwrap().path();
         if path.file_name().unwrap().to_string_lossy().starts_with("snap") {
             std::fs::remove_file(path).unwrap();
@@ -242,7 +264,7 @@ fn a_store_that_lost_its_database_is_not_taken_for_a_new_one() {
     for _ in 0..2 {
         let error = SledStore::open(dir.path()).err().unwrap();
         let expected =
-            format!("the store in {} is damaged: only 0 of 3 acknowledged commits are left", dir.path().display());
+            format!("the store in {} is damaged: only 0 of 4 acknowledged commits are left", dir.path().display());
         assert_eq!(error.to_string(), expected);
     }
     std::fs::write(dir.path().join("acknowledged"), [7; 16]).unwrap();

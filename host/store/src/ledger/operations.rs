@@ -2,18 +2,19 @@
 
 use std::ops::ControlFlow;
 
-use fulgurite_core::id::{AttemptKey, AttemptNumber, RolloutId};
+use fulgurite_core::id::{AttemptKey, RolloutId};
 use fulgurite_core::outcome::{AttemptOutcome, OutcomeKind};
 use fulgurite_core::record::{AttemptRecord, RolloutRecord, RolloutSpec};
 use fulgurite_core::reward::Reward;
 use fulgurite_core::span::Span;
 use fulgurite_core::state::{AttemptState, IllegalTransition, RolloutState};
 
-use super::{Entry, Ledger, Stage, StoredRollout, check_stored};
-use crate::codec::{self, Kind, SpanBlock};
+use super::{Entry, Ledger, Stage, blobs, first_own_sequence};
+use crate::codec::{self, SpanBlock};
 use crate::error::{Result, StoreError};
-use crate::key_value::KeyValue;
-use crate::records::{AttemptFinish, Enqueued, RolloutQuery, StoreStatistics};
+use crate::key_value::{KeyRange, KeyValue};
+use crate::keys;
+use crate::records::{AttemptFinish, Enqueued, StoreStatistics};
 
 /// Items of a group commit that are applied before the lock is let go for a moment, so that those who only begin an
 /// attempt wait a millisecond and not for the whole group.
@@ -46,7 +47,7 @@ impl Prepared {
     fn entry<D: KeyValue>(&self, stage: &Stage<'_, D>) -> Result<Entry> {
         let mut entry = stage.known(&self.key.rollout)?;
         entry.check_live(&self.key)?;
-        let expected = entry.newest()?.spans;
+        let expected = first_own_sequence(&entry.rollout) + entry.newest()?.spans;
         match self.first_sequence {
             Some(found) if found != expected => Err(StoreError::SpanOrder { key: self.key.clone(), expected, found }),
             _ => Ok(entry),
@@ -59,16 +60,21 @@ fn check_rewards(key: &AttemptKey, rewards: &[Reward]) -> Result<()> {
     invalid.map_or(Ok(()), |source| Err(StoreError::InvalidReward { key: key.clone(), source }))
 }
 
-/// The transition tables also have the steps of beginning an attempt; a finish may only take those that end one.
+/// The transition tables also have the steps of beginning an attempt; a finish may only take those that end one. A rollout
+/// has succeeded if and only if its last attempt has: what was graded is never run again, and what was not is no result.
 fn check_end(finish: &AttemptFinish) -> Result<()> {
-    let (what, to) = if !finish.state.is_terminal() {
-        ("attempt", finish.state.as_str())
+    let succeeded = |yes: bool| if yes { "a success" } else { "a failure" };
+    let graded = finish.state == AttemptState::Succeeded;
+    let (what, from, to) = if !finish.state.is_terminal() {
+        ("attempt", "finishing", finish.state.as_str())
     } else if !finish.rollout_state.is_terminal() && finish.rollout_state != RolloutState::Requeuing {
-        ("rollout", finish.rollout_state.as_str())
+        ("rollout", "finishing", finish.rollout_state.as_str())
+    } else if graded != (finish.rollout_state == RolloutState::Succeeded) {
+        ("rollout", succeeded(graded), finish.rollout_state.as_str())
     } else {
         return Ok(());
     };
-    let transition = IllegalTransition { what, from: "finishing", to };
+    let transition = IllegalTransition { what, from, to };
     Err(StoreError::IllegalTransition { id: finish.key.rollout.clone(), transition })
 }
 
@@ -85,11 +91,12 @@ impl<D: KeyValue> Ledger<D> {
                 results.push(Enqueued::Existing(known.rollout));
                 continue;
             }
-            let ordinal = stage.counters.rollouts_total;
-            stage.counters.rollouts_total += 1;
+            check_fork(&stage, &spec)?;
+            let ordinal = stage.counters.next_ordinal;
+            stage.counters.next_ordinal += 1;
             let rollout = RolloutRecord { spec, state: RolloutState::Queuing, attempt: None, ordinal };
             results.push(Enqueued::New(rollout.clone()));
-            stage.write(Entry { rollout, attempts: vec![], stored_state: None, stored_attempts: 0 }, 0, &[])?;
+            stage.write(Entry::new(rollout), 0, &[])?;
         }
         // Also when nothing is new: another thread may have enqueued it a moment ago without having synced yet.
         self.sync(stage.commit()?)?;
@@ -100,25 +107,16 @@ impl<D: KeyValue> Ledger<D> {
         Ok(self.find(&self.lock(), id)?.map(|entry| entry.rollout))
     }
 
-    pub(crate) fn rollouts(&self, query: &RolloutQuery) -> Result<Vec<RolloutRecord>> {
-        let mut found = Vec::new();
-        // Holding the lock makes the list a snapshot: no rollout is seen in a state between disk and memory.
-        let state = self.lock();
-        codec::scan(&self.database, &[Kind::Rollout as u8], |key, (stored, attempts): StoredRollout| {
-            check_stored(key, &stored, &attempts)?;
-            let record = state.live.get(&stored.spec.id).map_or(stored, |entry| entry.rollout.clone());
-            if query.fits(&record) {
-                found.push(record);
-            }
-            Ok(ControlFlow::Continue(()))
-        })?;
-        drop(state);
-        found.sort_unstable_by_key(|record| record.ordinal);
-        Ok(found.into_iter().skip(query.offset).take(query.limit.unwrap_or(usize::MAX)).collect())
-    }
-
-    pub(crate) fn begin_attempt(&self, id: &RolloutId, start_unix_ns: u64) -> Result<AttemptRecord> {
+    pub(crate) fn begin_attempt(&self, id: &RolloutId, start_unix_ns: u64, worker: &str) -> Result<AttemptRecord> {
+        if !worker.is_empty() {
+            blobs::check_worker_id(worker)?;
+        }
         let mut stage = Stage::new(self)?;
+        // Nothing is staged yet, so what is held in memory can be taken as it is.
+        let held = stage.state.live.get_mut(id).filter(|entry| !entry.is_live() && !entry.rollout.state.is_terminal());
+        if let Some(entry) = held {
+            return entry.begin(start_unix_ns, worker);
+        }
         let mut entry = stage.known(id)?;
         if entry.rollout.state.is_terminal() {
             return Err(StoreError::RolloutEnded { id: id.clone(), state: entry.rollout.state });
@@ -126,33 +124,24 @@ impl<D: KeyValue> Ledger<D> {
         if entry.is_live() {
             entry.step(AttemptState::Unresponsive, RolloutState::Requeuing)?;
             let left = entry.newest()?;
-            left.outcome = Some(AttemptOutcome::failed(OutcomeKind::HostFault, "its worker stopped answering"));
+            left.outcome = Some(AttemptOutcome::failed(OutcomeKind::Unresponsive, "its worker stopped answering"));
             left.end_unix_ns = start_unix_ns;
             stage.write(entry, 0, &[])?;
             stage.commit()?;
             // Now it waits like any other, whatever another thread has done with it in between.
-            return self.begin_attempt(id, start_unix_ns);
+            return self.begin_attempt(id, start_unix_ns, worker);
         }
-        entry.step_rollout(RolloutState::Preparing)?;
-        let number = entry.rollout.attempt.map_or(AttemptNumber::FIRST, AttemptNumber::next);
-        entry.rollout.attempt = Some(number);
-        let attempt = AttemptRecord {
-            key: AttemptKey { rollout: id.clone(), attempt: number },
-            state: AttemptState::Preparing,
-            start_unix_ns,
-            end_unix_ns: 0,
-            outcome: None,
-            rewards: vec![],
-            spans: 0,
-            guest_cpu_us: 0,
-        };
-        entry.attempts.push(attempt.clone());
+        let attempt = entry.begin(start_unix_ns, worker)?;
         stage.state.live.insert(id.clone(), entry);
         Ok(attempt)
     }
 
     pub(crate) fn mark_running(&self, key: &AttemptKey) -> Result<()> {
         let mut state = self.lock();
+        if let Some(entry) = state.live.get_mut(&key.rollout) {
+            entry.check_live(key)?;
+            return entry.step(AttemptState::Running, RolloutState::Running);
+        }
         let found = self.find(&state, &key.rollout)?;
         let mut entry = found.ok_or_else(|| StoreError::UnknownRollout(key.rollout.clone()))?;
         entry.check_live(key)?;
@@ -190,6 +179,7 @@ impl<D: KeyValue> Ledger<D> {
             attempt.rewards = finish.rewards;
             attempt.end_unix_ns = finish.end_unix_ns;
             attempt.guest_cpu_us = finish.guest_cpu_us;
+            attempt.not_forkable = finish.not_forkable;
             stage.write(entry, prepared.spans, &prepared.blocks)
         })
     }
@@ -258,25 +248,35 @@ impl<D: KeyValue> Ledger<D> {
         let entry = found.ok_or_else(|| StoreError::UnknownRollout(key.rollout.clone()))?;
         let attempt = entry.attempts.iter().find(|attempt| attempt.key == *key);
         let recorded = attempt.ok_or_else(|| StoreError::UnknownAttempt(key.clone()))?.spans;
-        // What is recorded up to here never changes, so it can be read while others write.
-        let mut spans: Vec<Span> = Vec::new();
-        let prefix = codec::spans_prefix(entry.rollout.ordinal, key.attempt);
-        codec::scan(&self.database, &prefix, |block_key, mut block: Vec<Span>| {
-            if spans.len() as u64 >= recorded {
-                return Ok(ControlFlow::Break(()));
+        match read_spans(&self.database, &entry.rollout, key, recorded) {
+            // Nothing recorded ever changes, but it may have been dropped a moment ago.
+            Err(_) if self.ordinal(&key.rollout)?.is_none() => Err(StoreError::UnknownRollout(key.rollout.clone())),
+            spans => spans,
+        }
+    }
+
+    /// The spans of an attempt as it stands on disk.
+    pub(crate) fn stored_spans(&self, rollout: &RolloutRecord, attempt: &AttemptRecord) -> Result<Vec<Span>> {
+        read_spans(&self.database, rollout, &attempt.key, attempt.spans)
+    }
+
+    pub(crate) fn trajectory(&self, key: &AttemptKey) -> Result<Vec<Span>> {
+        let mut parts = vec![];
+        // Sequence before which the spans of the next older ancestor count.
+        let (mut next, mut until) = (key.clone(), u64::MAX);
+        loop {
+            let mut own = self.spans(&next)?;
+            own.retain(|span| span.sequence < until);
+            parts.push(own);
+            let found = self.rollout(&next.rollout)?.ok_or_else(|| StoreError::UnknownRollout(next.rollout.clone()))?;
+            match found.spec.fork_of {
+                // An ancestor was there before its fork, so this ends.
+                Some(fork) => {
+                    until = until.min(fork.event);
+                    next = AttemptKey { rollout: fork.rollout, attempt: fork.attempt };
+                }
+                None => return Ok(parts.into_iter().rev().flatten().collect()),
             }
-            let mut sequences = (spans.len() as u64..).zip(&block);
-            if !sequences.all(|(sequence, span)| span.sequence == sequence && span.attempt == *key) {
-                return Err(codec::corrupt(block_key, "its spans do not follow those before it"));
-            }
-            spans.append(&mut block);
-            Ok(ControlFlow::Continue(()))
-        })?;
-        if spans.len() as u64 == recorded {
-            Ok(spans)
-        } else {
-            let found = format!("{} of {recorded} spans of attempt {} are there", spans.len(), key.attempt);
-            Err(codec::corrupt(&codec::rollout_key(&key.rollout), found))
         }
     }
 
@@ -288,16 +288,69 @@ impl<D: KeyValue> Ledger<D> {
             counters.count(entry);
         }
         drop(state);
-        counters.rollouts.retain(|_, count| *count > 0);
         Ok(StoreStatistics {
-            rollouts: counters.rollouts,
+            rollouts: counters.by_state().collect(),
+            outcomes: counters.by_outcome().collect(),
             attempts: counters.attempts,
             spans: counters.spans,
             span_bytes: counters.span_bytes,
+            blobs: counters.blobs,
+            blob_bytes: counters.blob_bytes,
+            workers: counters.workers,
             resources_version: counters.resources_version,
             disk_bytes: self.database.disk_bytes()?,
+            syncs: self.syncs.statistics(),
         })
     }
+}
+
+/// Reads the spans that an attempt has recorded itself. What is recorded never changes, so it can be read while others
+/// write.
+fn read_spans(database: &impl KeyValue, rollout: &RolloutRecord, key: &AttemptKey, recorded: u64) -> Result<Vec<Span>> {
+    let mut spans: Vec<Span> = Vec::new();
+    let first = first_own_sequence(rollout);
+    let range = KeyRange::prefix(&keys::spans_prefix(rollout.ordinal, key.attempt));
+    codec::scan(database, &range, |block_key, mut block: Vec<Span>| {
+        if spans.len() as u64 >= recorded {
+            return Ok(ControlFlow::Break(()));
+        }
+        let mut sequences = (first + spans.len() as u64..).zip(&block);
+        if !sequences.all(|(sequence, span)| span.sequence == sequence && span.attempt == *key) {
+            return Err(codec::corrupt(block_key, "its spans do not follow those before it"));
+        }
+        spans.append(&mut block);
+        Ok(ControlFlow::Continue(()))
+    })?;
+    if spans.len() as u64 == recorded {
+        Ok(spans)
+    } else {
+        let found = format!("{} of {recorded} spans of attempt {} are there", spans.len(), key.attempt);
+        Err(codec::corrupt(&keys::rollout_key(rollout.ordinal), found))
+    }
+}
+
+/// A fork refers to a prefix that is there and never changes: that of an attempt that has ended.
+fn check_fork<D: KeyValue>(stage: &Stage<'_, D>, spec: &RolloutSpec) -> Result<()> {
+    let Some(fork) = &spec.fork_of else { return Ok(()) };
+    let invalid = |detail: String| StoreError::InvalidFork {
+        id: spec.id.clone(),
+        ancestor: AttemptKey { rollout: fork.rollout.clone(), attempt: fork.attempt },
+        event: fork.event,
+        detail,
+    };
+    let Some(ancestor) = stage.find(&fork.rollout)? else {
+        return Err(invalid("there is no such rollout".to_owned()));
+    };
+    let attempt = ancestor.attempts.iter().find(|attempt| attempt.key.attempt == fork.attempt);
+    let attempt = attempt.ok_or_else(|| invalid("the rollout has no such attempt".to_owned()))?;
+    if !attempt.state.is_terminal() {
+        return Err(invalid("the attempt has not ended".to_owned()));
+    }
+    let events = first_own_sequence(&ancestor.rollout) + attempt.spans;
+    if fork.event > events {
+        return Err(invalid(format!("it has {events} events")));
+    }
+    Ok(())
 }
 
 /// What was not committed has failed, unless it had been refused for its own reason.

@@ -13,16 +13,25 @@ use super::{Ledger, Stage, State};
 use crate::codec;
 use crate::error::{Result, StoreError};
 use crate::key_value::KeyValue;
+use crate::keys;
 use crate::records::Template;
 
 /// One version of the resources: its own template, and where to find the others.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct ResourcesRecord {
-    after: u64,
-    name: String,
-    text: String,
+pub(crate) struct ResourcesRecord {
+    pub(crate) after: u64,
+    pub(crate) name: String,
+    pub(crate) text: String,
     /// Name of every template -> version that published it.
-    names: BTreeMap<String, u64>,
+    pub(crate) names: BTreeMap<String, u64>,
+}
+
+impl ResourcesRecord {
+    /// The template that this version published.
+    pub(crate) fn into_template(self, version: u64) -> Template {
+        let hash = ContentHash::of(self.text.as_bytes());
+        Template { name: self.name, version, text: self.text, hash }
+    }
 }
 
 impl<D: KeyValue> Ledger<D> {
@@ -39,7 +48,7 @@ impl<D: KeyValue> Ledger<D> {
         let version = stage.counters.resources_version + 1;
         names.insert(name.to_owned(), version);
         let record = ResourcesRecord { after, name: name.to_owned(), text: text.to_owned(), names };
-        codec::put(&mut stage.batch, codec::resources_key(version), &codec::encode(&record)?)?;
+        codec::put(&mut stage.batch, keys::resources_key(version), &codec::encode(&record)?)?;
         stage.counters.resources_version = version;
         self.sync(stage.commit()?)?;
         Ok(version)
@@ -49,14 +58,12 @@ impl<D: KeyValue> Ledger<D> {
         if version == 0 || version > state.counters.resources_version {
             return Err(StoreError::UnknownResources(version));
         }
-        let key = codec::resources_key(version);
+        let key = keys::resources_key(version);
         codec::get(&self.database, &key)?.ok_or_else(|| codec::corrupt(&key, "it is missing"))
     }
 
     fn published(&self, state: &State, version: u64) -> Result<Template> {
-        let record = self.resources(state, version)?;
-        let hash = ContentHash::of(record.text.as_bytes());
-        Ok(Template { name: record.name, version, text: record.text, hash })
+        Ok(self.resources(state, version)?.into_template(version))
     }
 
     pub(crate) fn template(&self, name: &str, version: Option<u64>) -> Result<Option<Template>> {

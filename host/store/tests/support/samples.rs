@@ -43,8 +43,21 @@ pub(crate) fn spec(index: u64) -> RolloutSpec {
         policy_version: PolicyVersion(index),
         resources_version: 1,
         components: vec![ContentHash::of(b"agent"), ContentHash::of(b"grader")],
-        fork_of: Some(ForkPoint { rollout: rollout_id(0), event: 3 }),
+        item: ContentHash::of(b"item"),
+        execution: ContentHash::of(b"execution"),
+        fork_of: None,
     }
+}
+
+/// A fork of another rollout's attempt.
+pub(crate) fn fork(index: u64, ancestor: &AttemptKey, event: u64) -> RolloutSpec {
+    let fork_of = ForkPoint {
+        rollout: ancestor.rollout.clone(),
+        attempt: ancestor.attempt,
+        event,
+        policy_version: PolicyVersion(3),
+    };
+    RolloutSpec { fork_of: Some(fork_of), ..spec(index) }
 }
 
 pub(crate) fn reward(value: f64) -> Reward {
@@ -100,7 +113,7 @@ pub(crate) fn body(number: u64, bytes: usize) -> SpanBody {
     };
     match number % 16 {
         0 => SpanBody::Annotation,
-        1 => call(Ok(Completion {
+        1 => call(Ok(std::sync::Arc::new(Completion {
             text: "room 7".to_owned(),
             tool_calls: message(String::new()).tool_calls,
             finish_reason: FinishReason::ToolCalls,
@@ -114,7 +127,7 @@ pub(crate) fn body(number: u64, bytes: usize) -> SpanBody {
                 policy_version: PolicyVersion(9),
             }),
             not_trainable: Some(fulgurite_core::llm::NotTrainable::TruncatedSampling),
-        })),
+        }))),
         2 => call(Err(LlmError::ContextLengthExceeded { prompt_tokens: 9, context_tokens_max: 8 })),
         3 => SpanBody::ToolList(Ok(vec![tool_spec()])),
         4 => SpanBody::ToolList(Err(ToolError::Denied("no".to_owned()))),
