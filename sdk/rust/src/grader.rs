@@ -1,7 +1,8 @@
 //! Graders: code that judges a finished rollout.
 //!
 //! A grader sees everything by value, in an instance of its own, after the agent's is gone. It imports nothing of
-//! Fulgurite: nobody can talk to it and it can talk to nobody. Its content hash is recorded with every reward.
+//! Fulgurite: nobody can talk to it and it can talk to nobody but a model endpoint that it was granted ([`judge`]). Its
+//! content hash is recorded with every reward.
 
 use std::marker::PhantomData;
 
@@ -10,6 +11,8 @@ use serde::de::DeserializeOwned;
 use crate::types::{Attribute, Role, ToolCall};
 use crate::wit::grader as wit;
 use crate::wit::grader::fulgurite::grader::types as wit_types;
+
+pub mod judge;
 
 /// A grader. Export it with [`grader!`](crate::grader!).
 ///

@@ -58,7 +58,10 @@
 //!
 //! # Rules of the sandbox
 //!
-//! * No files, no network, no environment. Standard output and error become log lines of the attempt.
+//! * No files, no network, no environment. What a plugin needs it asks for by [`manifest!`], and a run's config grants:
+//!   tools can have read-only folders, HTTP ([`tool::http`]) and databases ([`tool::sqlite`]), graders a model
+//!   ([`grader::judge`]), agents named endpoints.
+//! * Standard output and error become log lines of the attempt.
 //! * Time is virtual and random numbers follow from the attempt's seed, so a rollout repeats bit for bit.
 //! * A panic is a trap: the attempt is recorded as a fault of the plugin and never counts as a reward.
 //! * What the policy did wrong is reported as such ([`agent::AgentError::MalformedAnswer`]): only then is it trained on.
@@ -66,6 +69,7 @@
 pub mod agent;
 pub mod algorithm;
 pub mod grader;
+mod manifest;
 pub mod tool;
 mod types;
 // Reached by the expansion of the export macros alone.

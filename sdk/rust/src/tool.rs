@@ -8,6 +8,9 @@ use serde::de::DeserializeOwned;
 use crate::types::{InvalidArguments, ToolSpec};
 use crate::wit::tool::exports::fulgurite::tool::tool as wit;
 
+pub mod http;
+pub mod sqlite;
+
 /// A tool. Export it with [`tool!`](crate::tool!).
 pub trait Tool: Sized + 'static {
     /// What an item's `world` holds.

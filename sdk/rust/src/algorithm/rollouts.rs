@@ -110,7 +110,8 @@ impl Group {
         self
     }
 
-    /// Forks every rollout of the group from this one at this event (by sequence).
+    /// Forks every rollout of the group from this finished one: it begins as that did up to the event, and goes on by
+    /// itself. With [`Mode::Val`] it is never trained on.
     #[must_use]
     pub fn fork_of(mut self, rollout: RolloutId, event: u64) -> Self {
         self.fork_of = Some((rollout, event));

@@ -75,6 +75,13 @@ impl Transition {
         self.0.call_index()
     }
 
+    /// Number of the event that the call is in its rollout: what [`Group::fork_of`](super::Group::fork_of) takes to make
+    /// this call anew.
+    #[must_use]
+    pub fn event(&self) -> u64 {
+        self.0.event()
+    }
+
     /// Which agent asked.
     #[must_use]
     pub fn agent_role(&self) -> String {
