@@ -14,23 +14,25 @@ use fulgurite_core::outcome::{AttemptOutcome, LimitReached, OutcomeKind};
 use fulgurite_core::record::RolloutMode;
 use fulgurite_core::seed::Seed;
 use fulgurite_core::tool::ToolHost;
+use wasmtime::Store;
 use wasmtime::component::{Resource, ResourceTable};
 
 use crate::agent_llm::{PendingLlm, is_json};
-use crate::agent_tools::PendingTool;
+use crate::agent_tools::ToolCallFuture;
 use crate::bindings::agent::{AgentError, AgentPre};
-use crate::engine::Sandbox;
-use crate::fault::During;
+use crate::engine::{Sandbox, World};
+use crate::fault::{Bounds, During};
 use crate::guest::{self, GuestSetup, GuestState};
-use crate::meter::Meter;
+use crate::meter::{Heartbeat, Meter};
 use crate::output::{GuestOutput, LineSink};
 use crate::plugin::{PluginError, PluginWorld, incompatible};
 use crate::recorder::{GuestLog, Recorder};
+use crate::tape::{SeedSource, Tape};
 use crate::templates::Templates;
 
 /// An agent's component, compiled.
 pub struct AgentPlugin {
-    sandbox: Sandbox,
+    world: Arc<World>,
     pre: AgentPre<AgentState>,
     hash: ContentHash,
 }
@@ -50,9 +52,9 @@ pub struct AgentRun {
     /// What the rollout is for.
     pub mode: RolloutMode,
     /// The item's input, JSON text. All that an agent ever sees of an item.
-    pub input: String,
+    pub input: Arc<str>,
     /// Limits of the attempt.
-    pub limits: Limits,
+    pub limits: Arc<Limits>,
     /// The attempt's session with the model; dropped when the attempt ends.
     pub llm: Arc<dyn LlmSession>,
     /// The attempt's tools.
@@ -63,6 +65,8 @@ pub struct AgentRun {
     pub recorder: Arc<Recorder>,
     /// Start of the guest's clock, nanoseconds since the Unix epoch: the same as the recorder's.
     pub start_unix_ns: u64,
+    /// Who is told whenever the guest runs.
+    pub heartbeat: Option<Arc<Heartbeat>>,
 }
 
 /// How an attempt of an agent ended.
@@ -80,8 +84,7 @@ pub(crate) type AgentState = GuestState<AgentHost>;
 /// What the host functions of an agent work on. It holds nothing of the item but what the agent itself was given.
 pub(crate) struct AgentHost {
     pub(crate) mode: RolloutMode,
-    pub(crate) seed: Seed,
-    pub(crate) limits: Limits,
+    pub(crate) limits: Arc<Limits>,
     pub(crate) llm: Arc<dyn LlmSession>,
     pub(crate) tools: Option<Arc<dyn ToolHost>>,
     pub(crate) templates: Arc<Templates>,
@@ -89,12 +92,14 @@ pub(crate) struct AgentHost {
     pub(crate) llm_calls: u64,
     pub(crate) tool_calls: u64,
     pub(crate) completion_tokens: u64,
-    /// Bytes of all requests in the making.
+    /// Bytes of all requests in the making and of those of calls under way.
     pub(crate) request_bytes: u64,
     pub(crate) last_failure: Option<LastFailure>,
     /// Table entries of calls under way.
     pub(crate) pending_llm: BTreeSet<u32>,
     pub(crate) pending_tools: BTreeSet<u32>,
+    /// Calls of tools that were dropped before their end.
+    pub(crate) dropped_tools: Vec<ToolCallFuture>,
 }
 
 /// The last call that failed: what an agent that gives up is judged by.
@@ -115,6 +120,9 @@ impl AgentState {
         let Self { table, host, meter, clock, .. } = self;
         let result = meter
             .host(poll_fn(|context| {
+                if host.tape().is_some_and(|tape| !tape.waits()) {
+                    return Poll::Pending;
+                }
                 let poll = ready(table, context);
                 if poll.is_pending() {
                     for call in &host.pending_llm {
@@ -122,17 +130,59 @@ impl AgentState {
                             let _ = pending.poll(context);
                         }
                     }
-                    for call in &host.pending_tools {
-                        if let Ok(pending) = table.get_mut(&Resource::<PendingTool>::new_borrow(*call)) {
-                            let _ = pending.poll(context);
-                        }
-                    }
+                    host.poll_tools(table, context);
                 }
                 poll
             }))
             .await;
-        clock.advance(u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX));
+        // In a replay this wait ends when the recorded one did.
+        match host.tape().and_then(Tape::clock_ns) {
+            Some(unix_ns) => clock.set_unix_ns(unix_ns),
+            None => clock.advance(u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX)),
+        }
         result
+    }
+
+    /// What a wait that is the next event of the recording found, at the time at which it did.
+    pub(crate) fn recorded_wait<T: serde::de::DeserializeOwned>(&self, function: &str) -> Option<T> {
+        let found = self.host.recorded_result(function)?;
+        if let Some(unix_ns) = self.host.tape().and_then(Tape::clock_ns) {
+            self.clock.set_unix_ns(unix_ns);
+        }
+        Some(found)
+    }
+
+    /// Waits until one of several calls has ended, and returns its place. The first in the list wins when several have, so
+    /// that the answer depends on the calls alone. `in_vain` ends the wait when none has ended and none ever will.
+    pub(crate) async fn wait_for_any<T: 'static>(
+        &mut self,
+        calls: &[Resource<T>],
+        poll: fn(&mut T, &mut Context<'_>) -> Poll<()>,
+        in_vain: impl Fn() -> Option<wasmtime::Error>,
+    ) -> wasmtime::Result<usize> {
+        let place = self.wait(|table, context| {
+            for (place, call) in calls.iter().enumerate() {
+                match table.get_mut(call).map(|pending| poll(pending, context)) {
+                    Ok(Poll::Ready(())) => return Poll::Ready(Ok(place)),
+                    Ok(Poll::Pending) => {}
+                    Err(error) => return Poll::Ready(Err(error.into())),
+                }
+            }
+            in_vain().map_or(Poll::Pending, |vain| Poll::Ready(Err(vain)))
+        });
+        place.await
+    }
+}
+
+impl AgentHost {
+    /// The recording that is played back.
+    pub(crate) fn tape(&self) -> Option<&Tape> {
+        self.log.recorder.tape().map(AsRef::as_ref)
+    }
+
+    /// What the next event of the recording returned, when it is this host call.
+    pub(crate) fn recorded_result<T: serde::de::DeserializeOwned>(&self, function: &str) -> Option<T> {
+        serde_json::from_str(self.tape()?.host_call(function)?).ok()
     }
 }
 
@@ -144,17 +194,27 @@ impl Sandbox {
     /// interfaces, or asks for what is not offered.
     pub fn load_agent(&self, path: &Path) -> Result<Arc<AgentPlugin>, PluginError> {
         let artifact = self.load(path, PluginWorld::Agent)?;
-        let pre = self.inner.agents.instantiate_pre(&artifact.component).and_then(AgentPre::new);
+        let pre = artifact.world.agents.instantiate_pre(&artifact.component).and_then(AgentPre::new);
         let pre = pre.map_err(|error| incompatible(path, PluginWorld::Agent, &error))?;
-        Ok(Arc::new(AgentPlugin { sandbox: self.clone(), pre, hash: artifact.hash }))
+        Ok(Arc::new(AgentPlugin { world: artifact.world, pre, hash: artifact.hash }))
     }
 }
 
 impl AgentPlugin {
+    pub(crate) fn world(&self) -> &Arc<World> {
+        &self.world
+    }
+
     /// Content hash of the component.
     #[must_use]
     pub fn hash(&self) -> ContentHash {
         self.hash
+    }
+
+    /// Name and version of the engine that runs it, with every setting that a guest could notice.
+    #[must_use]
+    pub fn engine(&self) -> String {
+        self.world.name()
     }
 
     /// Runs one attempt. Must be called inside a tokio runtime with its timer on.
@@ -162,34 +222,54 @@ impl AgentPlugin {
     /// Dropping the future drops the guest's store: that is how an attempt is cancelled. A guest in a loop is stopped at
     /// its next yield, at most a few milliseconds later.
     pub async fn run(&self, run: AgentRun) -> AgentReport {
-        let meter = Arc::new(Meter::new("guest_cpu_ms_max", run.limits.guest_cpu_ms_max));
         let wall_ms = run.limits.attempt_wall_ms_max;
-        let ended = tokio::time::timeout(Duration::from_millis(wall_ms), self.attempt(run, Arc::clone(&meter))).await;
-        let outcome =
-            ended.unwrap_or_else(|_| AttemptOutcome::limited(OutcomeKind::WallTimeout, "attempt_wall_ms_max", wall_ms));
+        let recorder = Arc::clone(&run.recorder);
+        let tape = recorder.tape().filter(|tape| tape.is_whole()).cloned();
+        // Thousands of these wait at once. What is only needed to begin is used up in a plain function: in an async one it
+        // would take its place in every waiting attempt.
+        let (meter, started) = self.start(run, tape.clone());
+        let mut guest = match started {
+            Ok(started) => started,
+            Err(outcome) => return AgentReport { outcome, guest_cpu_us: 0 },
+        };
+        let mut running = Box::pin(guest.run(&self.pre, &meter));
+        let ended = if tape.is_some() {
+            // Time that was recorded does not pass again; whatever a replay can wait for comes to an end by itself.
+            Some((&mut running).await)
+        } else {
+            tokio::time::timeout(Duration::from_millis(wall_ms), &mut running).await.ok()
+        };
+        // Before the calls under way are dropped: that they were cancelled was not the guest's doing.
+        recorder.ends();
+        drop(running);
+        let outcome = match ended {
+            Some(ended) => guest.end(ended),
+            None => AttemptOutcome::limited(OutcomeKind::WallTimeout, "attempt_wall_ms_max", wall_ms),
+        };
         AgentReport { outcome, guest_cpu_us: meter.used_us() }
     }
 
-    async fn attempt(&self, run: AgentRun, meter: Arc<Meter>) -> AttemptOutcome {
+    fn start(&self, run: AgentRun, tape: Option<Arc<Tape>>) -> (Arc<Meter>, Result<LiveAgent, AttemptOutcome>) {
+        let meter = Meter::new("guest_cpu_ms_max", run.limits.guest_cpu_ms_max);
+        let meter = Arc::new(meter.with_heartbeat(run.heartbeat.clone()).with_tape(tape));
         if run.key != *run.recorder.key() || run.start_unix_ns != run.recorder.clock().start_unix_ns() {
             let detail = format!("the recorder of {} was given to {}", run.recorder.key(), run.key);
-            return AttemptOutcome::failed(OutcomeKind::HostFault, detail);
+            return (meter, Err(AttemptOutcome::failed(OutcomeKind::HostFault, detail)));
         }
-        let limits = run.limits.clone();
-        let log = Arc::new(GuestLog::new(Arc::clone(&run.recorder), &limits));
-        let output = GuestOutput::new(limits.output_bytes_max, Some(Arc::clone(&log) as Arc<dyn LineSink>));
+        let log = Arc::new(GuestLog::new(Arc::clone(&run.recorder), &run.limits));
+        let output = GuestOutput::new(run.limits.output_bytes_max, Some(Arc::clone(&log) as Arc<dyn LineSink>));
+        let bounds = guest::attempt_bounds(&run.limits);
         let setup = GuestSetup {
-            limits: &limits,
-            seed: run.seed,
+            limits: &run.limits,
+            seeds: SeedSource::new(run.seed, run.recorder.tape().cloned()),
             clock: Arc::clone(run.recorder.clock()),
             meter: Arc::clone(&meter),
             output: Arc::clone(&output),
-            bounds: guest::attempt_bounds(&limits),
+            bounds,
         };
         let host = AgentHost {
             mode: run.mode,
-            seed: run.seed,
-            limits: run.limits,
+            limits: Arc::clone(&run.limits),
             llm: run.llm,
             tools: run.tools,
             templates: run.templates,
@@ -201,32 +281,63 @@ impl AgentPlugin {
             last_failure: None,
             pending_llm: BTreeSet::new(),
             pending_tools: BTreeSet::new(),
+            dropped_tools: vec![],
         };
-        let mut store = guest::store(&self.sandbox.inner.engine, setup, host);
-        let ended = meter
+        let live = guest::store(&self.world, setup, host).map(|store| LiveAgent {
+            store: Some(store),
+            input: run.input,
+            output,
+            bounds: Box::new(bounds),
+        });
+        (meter, live)
+    }
+}
+
+/// An agent in its store.
+struct LiveAgent {
+    /// Taken when it ends.
+    store: Option<Store<AgentState>>,
+    input: Arc<str>,
+    output: Arc<GuestOutput>,
+    bounds: Box<Bounds>,
+}
+
+type Ended = Result<Result<String, AgentError>, (During, wasmtime::Error)>;
+
+impl LiveAgent {
+    async fn run(&mut self, pre: &AgentPre<AgentState>, meter: &Meter) -> Ended {
+        let Some(store) = &mut self.store else {
+            return Err((During::Instantiation, wasmtime::Error::msg("the agent has ended")));
+        };
+        let input = &self.input;
+        meter
             .guest(async {
-                let agent =
-                    self.pre.instantiate_async(&mut store).await.map_err(|error| (During::Instantiation, error))?;
-                agent.call_run(&mut store, &run.input).await.map_err(|error| (During::Call, error))
+                let agent = pre.instantiate_async(&mut *store).await.map_err(|error| (During::Instantiation, error))?;
+                agent.call_run(store, input).await.map_err(|error| (During::Call, error))
             })
-            .await;
+            .await
+    }
+
+    fn end(&mut self, ended: Ended) -> AttemptOutcome {
+        let store = self.store.take();
         match ended {
             Ok(result) => {
-                let mut outcome = match result {
-                    Ok(text) if is_json(&text) => AttemptOutcome::completed(text),
-                    Ok(_) => AttemptOutcome::failed(OutcomeKind::AgentError, "the agent's outcome is not JSON text"),
-                    Err(error) => blame(error, store.data().host.last_failure.as_ref()),
-                };
+                let last_failure = store.as_ref().and_then(|store| store.data().host.last_failure.clone());
                 // Also closes what the guest left open, before the caller records anything more.
                 drop(store);
-                if let Err(stop) = output.flush() {
-                    outcome = stop.0;
+                let outcome = match result {
+                    Ok(text) if is_json(&text) => AttemptOutcome::completed(text),
+                    Ok(_) => AttemptOutcome::failed(OutcomeKind::AgentError, "the agent's outcome is not JSON text"),
+                    Err(error) => blame(error, last_failure.as_ref()),
+                };
+                match self.output.flush() {
+                    Ok(()) => outcome,
+                    Err(stop) => stop.0,
                 }
-                outcome
             }
             Err((during, error)) => {
                 drop(store);
-                guest::fault(&error, during, guest::attempt_bounds(&limits), &output)
+                guest::fault(&error, during, *self.bounds, &self.output)
             }
         }
     }

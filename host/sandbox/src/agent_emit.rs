@@ -15,6 +15,7 @@ use crate::bindings::agent::fulgurite::types::types;
 use crate::convert;
 use crate::fault::Stop;
 use crate::recorder::{Begun, GuestLog, refused};
+use crate::tape::ABANDONED_SPAN;
 
 /// A span that the guest has opened. It is recorded when it is dropped, by the guest or with its store.
 pub struct OpenSpan {
@@ -40,7 +41,7 @@ impl OpenSpan {
 impl Drop for OpenSpan {
     fn drop(&mut self) {
         // Nobody is left to stop when the sink refuses it.
-        let _ = self.close(SpanStatus::Error("the guest ended before the span".to_owned()));
+        let _ = self.close(SpanStatus::Error(ABANDONED_SPAN.to_owned()));
     }
 }
 
@@ -56,6 +57,7 @@ impl emit::HostSpan for AgentState {
     }
 
     fn annotate(&mut self, span: Resource<OpenSpan>, attributes: Vec<types::Attribute>) -> wasmtime::Result<()> {
+        self.host.log.recorder.act().map_err(Stop::error)?;
         let (attributes, bytes) = convert::attributes_from_wit(attributes);
         let span = self.table.get_mut(&span)?;
         span.bytes = span.bytes.saturating_add(bytes);
@@ -65,6 +67,7 @@ impl emit::HostSpan for AgentState {
     }
 
     fn drop(&mut self, span: Resource<OpenSpan>) -> wasmtime::Result<()> {
+        self.host.log.recorder.act().map_err(Stop::error)?;
         let mut span = self.table.delete(span)?;
         span.close(SpanStatus::Unset).map_err(Stop::error)
     }

@@ -86,6 +86,6 @@ impl task::Host for AgentState {
     }
 
     fn seed(&mut self) -> wasmtime::Result<u64> {
-        Ok(self.host.seed.value())
+        Ok(self.host.log.recorder.seed().value())
     }
 }

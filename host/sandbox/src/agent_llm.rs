@@ -21,13 +21,18 @@ use crate::bindings::agent::fulgurite::types::types;
 use crate::convert;
 use crate::fault::Stop;
 use crate::recorder::{Begun, GuestLog, refused};
+use crate::tape::{CANCELLED_CALL, Tape, was_cancelled};
 
 const INTERFACE: &str = "fulgurite:agent/llm@0.1.0";
 
 /// A request in the making.
 pub struct RequestDraft {
-    request: ChatRequest,
-    bytes: u64,
+    /// Shared with the calls that it was used for; a draft that is changed after a call is copied then.
+    request: Arc<ChatRequest>,
+    /// Bytes of its texts.
+    text_bytes: u64,
+    /// Bytes that it costs the host.
+    held_bytes: u64,
 }
 
 /// A completion that the guest holds.
@@ -39,13 +44,16 @@ struct Ticket {
     begun: Begun,
     call_index: u64,
     /// Taken when the call is recorded.
-    request: Option<ChatRequest>,
+    request: Option<Arc<ChatRequest>>,
+    /// The answer, once the guest has seen a part of it: then it is recorded even when the call is dropped, because what the
+    /// guest does next follows from it.
+    seen: Option<Result<Arc<Completion>, LlmError>>,
 }
 
 impl Ticket {
-    fn close(mut self, result: Result<Completion, LlmError>) -> Result<(), Stop> {
+    fn close(mut self, result: Result<Arc<Completion>, LlmError>) -> Result<(), Stop> {
         let Some(request) = self.request.take() else { return Ok(()) };
-        let ended = self.log.recorder.end_llm(self.begun, self.call_index, request, result);
+        let ended = self.log.recorder.end_llm(self.begun, self.call_index, &request, result);
         ended.map_err(|refusal| refused(&refusal))
     }
 }
@@ -53,23 +61,33 @@ impl Ticket {
 impl Drop for Ticket {
     fn drop(&mut self) {
         if let Some(request) = self.request.take() {
-            let cancelled = Err(LlmError::Unavailable("the call was cancelled".to_owned()));
+            let cancelled = || Err(LlmError::Unavailable(CANCELLED_CALL.to_owned()));
+            let result = self.seen.take().unwrap_or_else(cancelled);
             // The attempt may be over; then there is nobody to tell.
-            let _ = self.log.recorder.end_llm(self.begun, self.call_index, request, cancelled);
+            let _ = self.log.recorder.end_llm(self.begun, self.call_index, &request, result);
         }
     }
+}
+
+/// What is recorded of a piece of streamed text.
+#[derive(serde::Deserialize)]
+struct Chunk {
+    chunk_bytes: usize,
 }
 
 /// A call under way.
 pub struct PendingLlm {
     ticket: Ticket,
     progress: Progress,
-    text_delivered: bool,
+    /// Bytes of the text that the guest has.
+    delivered: usize,
+    /// Bytes of its request, which lives as long as the call does.
+    held_bytes: u64,
 }
 
 enum Progress {
-    Running(BoxFuture<'static, Result<Completion, LlmError>>),
-    Done(Result<Completion, LlmError>),
+    Running(BoxFuture<'static, Result<Arc<Completion>, LlmError>>),
+    Done(Result<Arc<Completion>, LlmError>),
 }
 
 impl PendingLlm {
@@ -82,34 +100,42 @@ impl PendingLlm {
 }
 
 impl AgentState {
-    /// Adds text to a request. The host holds no more of a guest's text than the guest could hold itself.
-    fn grow(&mut self, request: &Resource<RequestDraft>, bytes: usize) -> wasmtime::Result<&mut ChatRequest> {
-        let limits = &self.host.limits;
-        let bytes = bytes as u64;
+    /// Holds so many bytes more on behalf of the guest: no more than it could hold itself.
+    fn hold(&mut self, bytes: u64) -> wasmtime::Result<()> {
+        let limit = self.host.limits.memory_bytes_max;
         self.host.request_bytes = self.host.request_bytes.saturating_add(bytes);
-        if self.host.request_bytes > limits.memory_bytes_max {
-            return Err(Stop::limit(OutcomeKind::MemoryLimit, "memory_bytes_max", limits.memory_bytes_max).error());
+        if self.host.request_bytes > limit {
+            return Err(Stop::limit(OutcomeKind::MemoryLimit, "memory_bytes_max", limit).error());
         }
+        Ok(())
+    }
+
+    /// Adds text to a request. Empty text costs the host a message all the same.
+    fn grow(&mut self, request: &Resource<RequestDraft>, bytes: usize) -> wasmtime::Result<&mut ChatRequest> {
+        let held_bytes = (bytes as u64).saturating_add(size_of::<Message>() as u64);
+        self.hold(held_bytes)?;
+        let limits = &self.host.limits;
         let draft = self.table.get_mut(request)?;
-        draft.bytes = draft.bytes.saturating_add(bytes);
-        if draft.bytes > limits.payload_bytes_max {
+        draft.text_bytes = draft.text_bytes.saturating_add(bytes as u64);
+        draft.held_bytes = draft.held_bytes.saturating_add(held_bytes);
+        if draft.text_bytes > limits.payload_bytes_max {
             let limit = Stop::limit(OutcomeKind::OutputLimit, "payload_bytes_max", limits.payload_bytes_max);
             return Err(limit.error());
         }
-        Ok(&mut draft.request)
+        Ok(Arc::make_mut(&mut draft.request))
     }
 
     fn sampling(&mut self, request: &Resource<RequestDraft>) -> wasmtime::Result<&mut Sampling> {
-        Ok(&mut self.table.get_mut(request)?.request.sampling)
+        Ok(&mut Arc::make_mut(&mut self.table.get_mut(request)?.request).sampling)
     }
 
     /// Gives the call its number and checks it. The error is for the guest: such a call is recorded, but not made.
     fn open_call(
         &mut self,
         request: &Resource<RequestDraft>,
-    ) -> wasmtime::Result<(Ticket, ChatRequest, Result<(), LlmError>)> {
+    ) -> wasmtime::Result<(Ticket, Arc<ChatRequest>, Result<(), LlmError>)> {
         self.host.log.take_span().map_err(Stop::error)?;
-        let request = self.table.get(request)?.request.clone();
+        let request = Arc::clone(&self.table.get(request)?.request);
         let call_index = self.host.llm_calls;
         self.host.llm_calls += 1;
         let limits = &self.host.limits;
@@ -123,16 +149,27 @@ impl AgentState {
         } else {
             check(&request).map_err(LlmError::InvalidRequest)
         };
+        let begun = self.host.log.recorder.begin();
+        // What is refused here is refused again in a replay; only what a model answered comes from the recording.
+        if checked.is_ok()
+            && let Some(tape) = self.host.tape()
+        {
+            tape.check_request(call_index, &request).map_err(Stop::error)?;
+        }
         let ticket = Ticket {
             log: Arc::clone(&self.host.log),
-            begun: self.host.log.recorder.begin(),
+            begun,
             call_index,
-            request: Some(request.clone()),
+            request: Some(Arc::clone(&request)),
+            seen: None,
         };
         let mut sent = request;
         // The last call before the limit may not run far past it.
         let left = limits.completion_tokens_max.saturating_sub(self.host.completion_tokens);
-        sent.sampling.max_tokens = sent.sampling.max_tokens.min(u32::try_from(left).unwrap_or(u32::MAX));
+        let left = u32::try_from(left).unwrap_or(u32::MAX);
+        if sent.sampling.max_tokens > left {
+            Arc::make_mut(&mut sent).sampling.max_tokens = left;
+        }
         Ok((ticket, sent, checked))
     }
 
@@ -140,13 +177,34 @@ impl AgentState {
     fn make_call(
         &self,
         call_index: u64,
-        request: ChatRequest,
+        request: Arc<ChatRequest>,
         checked: Result<(), LlmError>,
-    ) -> BoxFuture<'static, Result<Completion, LlmError>> {
+    ) -> BoxFuture<'static, Result<Arc<Completion>, LlmError>> {
+        if let Err(refused) = checked {
+            return Box::pin(std::future::ready(Err(refused)));
+        }
+        let recorded = self.host.tape().and_then(|tape| tape.llm_call(call_index)).map(|call| call.result.clone());
+        if let Some(recorded) = recorded {
+            // What never ended is not answered: the guest dropped it, or was dropped itself while it waited.
+            return if was_cancelled(&recorded) {
+                Box::pin(std::future::pending())
+            } else {
+                Box::pin(std::future::ready(recorded))
+            };
+        }
+        if self.host.tape().is_some_and(Tape::is_whole) {
+            return Box::pin(std::future::pending());
+        }
         let llm = Arc::clone(&self.host.llm);
         Box::pin(async move {
-            checked?;
-            llm.chat(call_index, request).await
+            let answer = llm.chat(call_index, request).await;
+            match answer {
+                // The host's own words for a call that never ended.
+                Err(LlmError::Unavailable(text)) if text == CANCELLED_CALL => {
+                    Err(LlmError::Unavailable(format!("{text} by the endpoint")))
+                }
+                answer => answer,
+            }
         })
     }
 
@@ -154,17 +212,11 @@ impl AgentState {
     fn close_call(
         &mut self,
         ticket: Ticket,
-        result: Result<Completion, LlmError>,
+        result: Result<Arc<Completion>, LlmError>,
     ) -> wasmtime::Result<Result<Resource<FinishedCall>, llm::LlmError>> {
-        match &result {
-            Ok(completion) => {
-                self.host.completion_tokens =
-                    self.host.completion_tokens.saturating_add(u64::from(completion.usage.completion_tokens));
-            }
-            Err(error) => self.host.last_failure = Some(LastFailure::Llm(error.clone())),
-        }
+        self.count(&result);
         let answer = match &result {
-            Ok(completion) => Ok(Arc::new(completion.clone())),
+            Ok(completion) => Ok(Arc::clone(completion)),
             Err(error) => Err(convert::llm_error_to_wit(error)),
         };
         ticket.close(result).map_err(Stop::error)?;
@@ -174,9 +226,32 @@ impl AgentState {
         })
     }
 
+    /// Takes note of an answer that the guest has.
+    fn count(&mut self, result: &Result<Arc<Completion>, LlmError>) {
+        match result {
+            Ok(completion) => {
+                let tokens = u64::from(completion.usage.completion_tokens);
+                self.host.completion_tokens = self.host.completion_tokens.saturating_add(tokens);
+            }
+            Err(error) => self.host.last_failure = Some(LastFailure::Llm(error.clone())),
+        }
+    }
+
+    /// What ends a wait for this call: in a replay, an answer that was never recorded is not waited for.
+    fn in_vain(&self) -> impl Fn(u64) -> Option<wasmtime::Error> + use<> {
+        let tape = self.host.log.recorder.tape().cloned();
+        move |call_index| tape.as_ref()?.waits_in_vain(call_index).map(Stop::error)
+    }
+
     async fn wait_for_call(&mut self, call: &Resource<PendingLlm>) -> wasmtime::Result<()> {
+        let in_vain = self.in_vain();
         self.wait(|table, context| match table.get_mut(call) {
-            Ok(pending) => pending.poll(context).map(Ok),
+            Ok(pending) => match pending.poll(context) {
+                Poll::Ready(()) => Poll::Ready(Ok(())),
+                Poll::Pending => {
+                    in_vain(pending.ticket.call_index).map_or(Poll::Pending, |vain| Poll::Ready(Err(vain)))
+                }
+            },
             Err(error) => Poll::Ready(Err(error.into())),
         })
         .await
@@ -228,8 +303,31 @@ fn check(request: &ChatRequest) -> Result<(), String> {
     Ok(())
 }
 
+/// Whether a text is JSON that everybody can read: parsers go 128 levels deep, and the check alone would not notice.
 pub(crate) fn is_json(text: &str) -> bool {
-    serde_json::from_str::<serde::de::IgnoredAny>(text).is_ok()
+    serde_json::from_str::<serde::de::IgnoredAny>(text).is_ok() && levels(text) < JSON_LEVELS_MAX
+}
+
+/// Deepest nesting that `serde_json` reads as a value.
+const JSON_LEVELS_MAX: usize = 128;
+
+/// How deep the brackets of a JSON text are nested.
+fn levels(json: &str) -> usize {
+    let (mut level, mut deepest, mut quoted, mut escaped) = (0_usize, 0, false, false);
+    for byte in json.bytes() {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' => escaped = quoted,
+            b'"' => quoted = !quoted,
+            b'[' | b'{' if !quoted => {
+                level += 1;
+                deepest = deepest.max(level);
+            }
+            b']' | b'}' if !quoted => level = level.saturating_sub(1),
+            _ => {}
+        }
+    }
+    deepest
 }
 
 impl llm::HostRequest for AgentState {
@@ -241,7 +339,7 @@ impl llm::HostRequest for AgentState {
             agent_role: "agent".to_owned(),
             endpoint: None,
         };
-        Ok(self.table.push(RequestDraft { request, bytes: 0 })?)
+        Ok(self.table.push(RequestDraft { request: Arc::new(request), text_bytes: 0, held_bytes: 0 })?)
     }
 
     fn add_system(&mut self, request: Resource<RequestDraft>, content: String) -> wasmtime::Result<()> {
@@ -352,7 +450,7 @@ impl llm::HostRequest for AgentState {
 
     fn drop(&mut self, request: Resource<RequestDraft>) -> wasmtime::Result<()> {
         let draft = self.table.delete(request)?;
-        self.host.request_bytes = self.host.request_bytes.saturating_sub(draft.bytes);
+        self.host.request_bytes = self.host.request_bytes.saturating_sub(draft.held_bytes);
         Ok(())
     }
 }
@@ -361,15 +459,27 @@ impl AgentState {
     fn completion(&self, call: &Resource<FinishedCall>) -> wasmtime::Result<&Completion> {
         Ok(&self.table.get(call)?.0)
     }
+
+    /// Checks the size of what a call hands to the guest; wasmtime bounds only the other way.
+    fn give<T>(&self, bytes: usize, value: T) -> wasmtime::Result<T> {
+        let limit = self.host.limits.payload_bytes_max;
+        if bytes as u64 > limit {
+            return Err(Stop::limit(OutcomeKind::OutputLimit, "payload_bytes_max", limit).error());
+        }
+        Ok(value)
+    }
 }
 
 impl llm::HostCompletion for AgentState {
     fn text(&mut self, call: Resource<FinishedCall>) -> wasmtime::Result<String> {
-        Ok(self.completion(&call)?.text.clone())
+        let text = &self.completion(&call)?.text;
+        self.give(text.len(), text.clone())
     }
 
     fn tool_calls(&mut self, call: Resource<FinishedCall>) -> wasmtime::Result<Vec<types::ToolCall>> {
-        Ok(self.completion(&call)?.tool_calls.iter().map(convert::tool_call_to_wit).collect())
+        let calls = &self.completion(&call)?.tool_calls;
+        let bytes = calls.iter().map(|call| call.id.len() + call.name.len() + call.arguments.len()).sum();
+        self.give(bytes, calls.iter().map(convert::tool_call_to_wit).collect())
     }
 
     fn finish_reason(&mut self, call: Resource<FinishedCall>) -> wasmtime::Result<types::FinishReason> {
@@ -390,17 +500,20 @@ impl llm::HostCompletion for AgentState {
 
     fn prompt_ids(&mut self, call: Resource<FinishedCall>) -> wasmtime::Result<Vec<u32>> {
         let tokens = self.completion(&call)?.tokens.as_ref();
-        Ok(tokens.map(|tokens| tokens.prompt_ids.clone()).unwrap_or_default())
+        let list = tokens.map(|tokens| tokens.prompt_ids.as_slice()).unwrap_or_default();
+        self.give(size_of_val(list), list.to_vec())
     }
 
     fn completion_ids(&mut self, call: Resource<FinishedCall>) -> wasmtime::Result<Vec<u32>> {
         let tokens = self.completion(&call)?.tokens.as_ref();
-        Ok(tokens.map(|tokens| tokens.completion_ids.clone()).unwrap_or_default())
+        let list = tokens.map(|tokens| tokens.completion_ids.as_slice()).unwrap_or_default();
+        self.give(size_of_val(list), list.to_vec())
     }
 
     fn log_probs(&mut self, call: Resource<FinishedCall>) -> wasmtime::Result<Vec<f32>> {
         let tokens = self.completion(&call)?.tokens.as_ref();
-        Ok(tokens.map(|tokens| tokens.log_probs.clone()).unwrap_or_default())
+        let list = tokens.map(|tokens| tokens.log_probs.as_slice()).unwrap_or_default();
+        self.give(size_of_val(list), list.to_vec())
     }
 
     fn policy_version(&mut self, call: Resource<FinishedCall>) -> wasmtime::Result<Option<u64>> {
@@ -422,31 +535,42 @@ impl llm::HostPending for AgentState {
         self.host.log.take_span().map_err(Stop::error)?;
         let begun = self.host.log.recorder.begin();
         self.wait_for_call(&call).await?;
+        let chunk: Option<Chunk> = self.host.recorded_result("[method]pending.next");
         let pending = self.table.get_mut(&call)?;
         let arguments = serde_json::json!({ "call_index": pending.ticket.call_index });
         let Progress::Done(result) = &pending.progress else {
             return Err(wasmtime::Error::msg("a call that was waited for is still under way"));
         };
-        // The whole text is one chunk. A model that streams will deliver more of them; the record already says how much
-        // each one held.
+        // All that there is is one chunk. The record says how much each one held, and a replay cuts there again.
         let (answer, recorded) = match result {
-            Ok(completion) if !pending.text_delivered && !completion.text.is_empty() => {
-                (Ok(Some(completion.text.clone())), serde_json::json!({ "chunk_bytes": completion.text.len() }))
+            Ok(completion) if pending.delivered < completion.text.len() => {
+                let rest = completion.text.get(pending.delivered..).unwrap_or_default();
+                let bytes = chunk.map_or(rest.len(), |chunk| chunk.chunk_bytes);
+                let text = rest.get(..bytes).unwrap_or(rest);
+                pending.delivered += text.len();
+                (Ok(Some(text.to_owned())), serde_json::json!({ "chunk_bytes": text.len() }))
             }
             Ok(_) => (Ok(None), serde_json::json!({ "end": true })),
             Err(error) => (Err(convert::llm_error_to_wit(error)), serde_json::json!({ "error": error.to_string() })),
         };
-        pending.text_delivered = true;
-        if let Err(error) = result {
+        let result = result.clone();
+        if let Err(error) = &result {
             self.host.last_failure = Some(LastFailure::Llm(error.clone()));
         }
+        pending.ticket.seen = Some(result);
         self.record_host_call(begun, "[method]pending.next", &arguments, &recorded)?;
-        Ok(answer)
+        let bytes = answer.as_ref().map_or(0, |text| text.as_ref().map_or(0, String::len));
+        self.give(bytes, answer)
     }
 
     fn drop(&mut self, call: Resource<PendingLlm>) -> wasmtime::Result<()> {
+        self.host.log.recorder.act().map_err(Stop::error)?;
         self.host.pending_llm.remove(&call.rep());
-        self.table.delete(call)?;
+        let pending = self.table.delete(call)?;
+        if let Some(seen) = &pending.ticket.seen {
+            self.count(seen);
+        }
+        self.host.request_bytes = self.host.request_bytes.saturating_sub(pending.held_bytes);
         Ok(())
     }
 }
@@ -458,7 +582,12 @@ impl llm::Host for AgentState {
     ) -> wasmtime::Result<Result<Resource<FinishedCall>, llm::LlmError>> {
         let (ticket, request, checked) = self.open_call(&request)?;
         let mut call = self.make_call(ticket.call_index, request, checked);
-        let result = self.wait(|_, context| call.as_mut().poll(context)).await;
+        let in_vain = self.in_vain();
+        let result = self.wait(|_, context| match call.as_mut().poll(context) {
+            Poll::Ready(result) => Poll::Ready(Ok(result)),
+            Poll::Pending => in_vain(ticket.call_index).map_or(Poll::Pending, |vain| Poll::Ready(Err(vain))),
+        });
+        let result = result.await?;
         self.close_call(ticket, result)
     }
 
@@ -466,9 +595,11 @@ impl llm::Host for AgentState {
         &mut self,
         request: Resource<RequestDraft>,
     ) -> wasmtime::Result<Result<Resource<PendingLlm>, llm::LlmError>> {
+        let held_bytes = self.table.get(&request)?.held_bytes;
+        self.hold(held_bytes)?;
         let (ticket, request, checked) = self.open_call(&request)?;
         let call = self.make_call(ticket.call_index, request, checked);
-        let mut pending = PendingLlm { ticket, progress: Progress::Running(call), text_delivered: false };
+        let mut pending = PendingLlm { ticket, progress: Progress::Running(call), delivered: 0, held_bytes };
         let first = poll_fn(|context| {
             let _ = pending.poll(context);
             Poll::Ready(())
@@ -483,9 +614,11 @@ impl llm::Host for AgentState {
         &mut self,
         call: Resource<PendingLlm>,
     ) -> wasmtime::Result<Result<Resource<FinishedCall>, llm::LlmError>> {
+        self.host.log.recorder.act().map_err(Stop::error)?;
         self.wait_for_call(&call).await?;
         self.host.pending_llm.remove(&call.rep());
         let pending = self.table.delete(call)?;
+        self.host.request_bytes = self.host.request_bytes.saturating_sub(pending.held_bytes);
         match pending.progress {
             Progress::Done(result) => self.close_call(pending.ticket, result),
             Progress::Running(_) => Err(wasmtime::Error::msg("a call that was waited for is still under way")),
@@ -498,23 +631,18 @@ impl llm::Host for AgentState {
         }
         self.host.log.take_span().map_err(Stop::error)?;
         let begun = self.host.log.recorder.begin();
-        // The first in the list wins when several are ready, so that the answer depends on the calls alone.
-        let ready = self
-            .wait(|table, context| {
-                for (place, call) in calls.iter().enumerate() {
-                    match table.get_mut(call).map(|pending| pending.poll(context)) {
-                        Ok(Poll::Ready(())) => return Poll::Ready(Ok(place)),
-                        Ok(Poll::Pending) => {}
-                        Err(error) => return Poll::Ready(Err(error)),
-                    }
-                }
-                Poll::Pending
-            })
-            .await?;
         let mut indices = Vec::with_capacity(calls.len());
         for call in &calls {
             indices.push(self.table.get(call)?.ticket.call_index);
         }
+        let ready = if let Some(recorded) = self.recorded_wait("wait-any") {
+            recorded
+        } else {
+            {
+                let (in_vain, first) = (self.in_vain(), indices.first().copied().unwrap_or_default());
+                self.wait_for_any(&calls, PendingLlm::poll, || in_vain(first)).await?
+            }
+        };
         let arguments = serde_json::json!({ "call_indices": indices });
         self.record_host_call(begun, "wait-any", &arguments, &serde_json::json!(ready))?;
         Ok(Ok(u32::try_from(ready).unwrap_or(u32::MAX)))
@@ -535,6 +663,18 @@ mod tests {
         };
         change(&mut request);
         request
+    }
+
+    #[test]
+    fn json_is_what_every_parser_reads() {
+        let nested = |levels: usize| format!("{}1{}", "[".repeat(levels), "]".repeat(levels));
+        for levels in [0, 1, 126, 127, 128, 129, 100_000] {
+            let text = nested(levels);
+            assert_eq!(is_json(&text), serde_json::from_str::<serde_json::Value>(&text).is_ok(), "{levels}");
+        }
+        let brackets = "[".repeat(200);
+        assert!(is_json(&format!(r#"{{"a": "\"{brackets}", "b\\": [1, "\\"], "{brackets}": 0}}"#)));
+        assert!(!is_json(&format!(r#"["\\", {}]"#, nested(127))));
     }
 
     type Change = fn(&mut ChatRequest);

@@ -9,14 +9,15 @@ use fulgurite_core::outcome::{AttemptOutcome, LimitReached, OutcomeKind};
 use fulgurite_core::span::SpanBody;
 use fulgurite_core::tool::ToolError;
 use futures::future::BoxFuture;
-use wasmtime::component::Resource;
+use wasmtime::component::{Resource, ResourceTable};
 
-use crate::agent::{AgentState, LastFailure};
+use crate::agent::{AgentHost, AgentState, LastFailure};
 use crate::bindings::agent::fulgurite::agent::tools;
 use crate::bindings::agent::fulgurite::types::types;
 use crate::convert;
 use crate::fault::Stop;
 use crate::recorder::{Begun, GuestLog, refused};
+use crate::tape::CANCELLED_CALL;
 
 const INTERFACE: &str = "fulgurite:agent/tools@0.1.0";
 
@@ -41,7 +42,7 @@ impl Ticket {
 impl Drop for Ticket {
     fn drop(&mut self) {
         // The attempt may be over; then there is nobody to tell.
-        let _ = self.close(Err(ToolError::Failed("the call was cancelled".to_owned())));
+        let _ = self.close(Err(ToolError::Failed(CANCELLED_CALL.to_owned())));
     }
 }
 
@@ -51,8 +52,11 @@ pub struct PendingTool {
     progress: Progress,
 }
 
+/// What makes a call.
+pub(crate) type ToolCallFuture = BoxFuture<'static, Result<String, ToolError>>;
+
 enum Progress {
-    Running(BoxFuture<'static, Result<String, ToolError>>),
+    Running(ToolCallFuture),
     Done(Result<String, ToolError>),
 }
 
@@ -68,6 +72,18 @@ impl PendingTool {
 /// The outcome of an attempt whose tool has a fault.
 fn fault(detail: &str, limit: Option<LimitReached>) -> Stop {
     Stop(AttemptOutcome { limit, ..AttemptOutcome::failed(OutcomeKind::ToolFault, detail) })
+}
+
+impl AgentHost {
+    /// Lets all calls of tools get on, those that were dropped first.
+    pub(crate) fn poll_tools(&mut self, table: &mut ResourceTable, context: &mut Context<'_>) {
+        self.dropped_tools.retain_mut(|dropped| dropped.as_mut().poll(context).is_pending());
+        for call in &self.pending_tools {
+            if let Ok(pending) = table.get_mut(&Resource::<PendingTool>::new_borrow(*call)) {
+                let _ = pending.poll(context);
+            }
+        }
+    }
 }
 
 impl AgentState {
@@ -92,7 +108,7 @@ impl AgentState {
         }
         self.host.tool_calls += 1;
         let host = self.host.tools.clone();
-        let future: BoxFuture<'static, _> = Box::pin(async move {
+        let future: ToolCallFuture = Box::pin(async move {
             match host {
                 Some(host) => host.call(name, arguments).await,
                 None => Err(ToolError::UnknownTool(name)),
@@ -142,16 +158,33 @@ impl tools::HostPending for AgentState {
         self.host.log.take_span().map_err(Stop::error)?;
         let begun = self.host.log.recorder.begin();
         let meter = Arc::clone(&self.meter);
-        let pending = self.table.get_mut(&call)?;
-        let ready = meter.host(poll_fn(|context| Poll::Ready(pending.poll(context).is_ready()))).await;
+        let Self { table, host, .. } = self;
+        let mut ready = meter
+            .host(poll_fn(|context| {
+                // A tool makes one call after the other: those before this one have to get on, too.
+                host.poll_tools(table, context);
+                Poll::Ready(table.get_mut(&call).map(|pending| pending.poll(context).is_ready()))
+            }))
+            .await?;
+        if let Some(recorded) = self.host.recorded_result("[method]pending.ready") {
+            ready = recorded;
+        }
+        let pending = self.table.get(&call)?;
         let arguments = serde_json::json!({ "call_index": pending.ticket.call_index });
         self.record_tools_call(begun, "[method]pending.ready", &arguments, &serde_json::json!(ready))?;
         Ok(ready)
     }
 
     fn drop(&mut self, call: Resource<PendingTool>) -> wasmtime::Result<()> {
+        self.host.log.recorder.act().map_err(Stop::error)?;
         self.host.pending_tools.remove(&call.rep());
-        self.table.delete(call)?;
+        let PendingTool { ticket, progress } = self.table.delete(call)?;
+        // Whether a tool had begun with a call when it was dropped depends on the machine; what the tool knows afterwards
+        // must not. So it makes every call that was started, in the order in which they were.
+        if let Progress::Running(future) = progress {
+            self.host.dropped_tools.push(future);
+        }
+        drop(ticket);
         Ok(())
     }
 }
@@ -206,6 +239,7 @@ impl tools::Host for AgentState {
     }
 
     async fn finish(&mut self, call: Resource<PendingTool>) -> wasmtime::Result<Result<String, tools::ToolError>> {
+        self.host.log.recorder.act().map_err(Stop::error)?;
         self.wait(|table, context| match table.get_mut(&call) {
             Ok(pending) => pending.poll(context).map(Ok),
             Err(error) => Poll::Ready(Err(error)),
@@ -222,18 +256,11 @@ impl tools::Host for AgentState {
         }
         self.host.log.take_span().map_err(Stop::error)?;
         let begun = self.host.log.recorder.begin();
-        let ready = self
-            .wait(|table, context| {
-                for (place, call) in calls.iter().enumerate() {
-                    match table.get_mut(call).map(|pending| pending.poll(context)) {
-                        Ok(Poll::Ready(())) => return Poll::Ready(Ok(place)),
-                        Ok(Poll::Pending) => {}
-                        Err(error) => return Poll::Ready(Err(error)),
-                    }
-                }
-                Poll::Pending
-            })
-            .await?;
+        let ready = if let Some(recorded) = self.recorded_wait("wait-any") {
+            recorded
+        } else {
+            self.wait_for_any(&calls, PendingTool::poll, || None).await?
+        };
         let mut indices = Vec::with_capacity(calls.len());
         for call in &calls {
             indices.push(self.table.get(call)?.ticket.call_index);

@@ -18,7 +18,7 @@ use wasmtime::Store;
 use crate::algorithm_host::AlgorithmImports;
 use crate::bindings::algorithm::{Algorithm, AlgorithmError, AlgorithmPre, Progress};
 use crate::clock::VirtualClock;
-use crate::engine::Sandbox;
+use crate::engine::{Sandbox, World};
 use crate::fault::{Bounds, During, Stop};
 use crate::guest::{self, GuestSetup, GuestState};
 use crate::meter::Meter;
@@ -29,7 +29,14 @@ use crate::random::GuestRandom;
 /// Most bytes of a plugin's saved state.
 pub const STATE_BYTES_MAX: usize = 16 << 20;
 /// Bounds of an algorithm: a batch of an optimiser step with weights per token; items and transitions of a large batch.
-const BOUNDS: Bounds = Bounds { payload_bytes_max: 256 << 20, resources_max: 1 << 20 };
+const BOUNDS: Bounds = Bounds {
+    payload_bytes_max: 256 << 20,
+    handles_max: 1 << 20,
+    instances_max: 64,
+    // What a run's limits say by default; all algorithms have it.
+    stack_bytes_max: 512 << 10,
+    fuel_max: 0,
+};
 /// Linear memory that an algorithm may have at least, in bytes: it keeps a stage's state and batch, where an attempt's
 /// guests keep one item's. A saved state of [`STATE_BYTES_MAX`] passes through it several times.
 const MEMORY_BYTES_MIN: u64 = 512 << 20;
@@ -99,7 +106,7 @@ pub enum AlgorithmFault {
 
 /// An algorithm's component, compiled.
 pub struct AlgorithmPlugin {
-    sandbox: Sandbox,
+    world: Arc<World>,
     pre: AlgorithmPre<GuestState<AlgorithmImports>>,
     hash: ContentHash,
     file: String,
@@ -118,10 +125,10 @@ impl Sandbox {
     /// As [`Sandbox::load_agent`].
     pub fn load_algorithm(&self, path: &Path) -> Result<Arc<AlgorithmPlugin>, PluginError> {
         let artifact = self.load(path, PluginWorld::Algorithm)?;
-        let pre = self.inner.algorithms.instantiate_pre(&artifact.component).and_then(AlgorithmPre::new);
+        let pre = artifact.world.algorithms.instantiate_pre(&artifact.component).and_then(AlgorithmPre::new);
         let pre = pre.map_err(|error| incompatible(path, PluginWorld::Algorithm, &error))?;
         let file = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
-        Ok(Arc::new(AlgorithmPlugin { sandbox: self.clone(), pre, hash: artifact.hash, file }))
+        Ok(Arc::new(AlgorithmPlugin { world: artifact.world, pre, hash: artifact.hash, file }))
     }
 }
 
@@ -185,16 +192,23 @@ impl AlgorithmPlugin {
         let meter = Arc::new(Meter::new("algorithm_step_cpu_ms_max", limits.algorithm_step_cpu_ms_max));
         let sink: Arc<dyn LineSink> = Arc::new(Tracing { plugin: self.file.clone() });
         let output = GuestOutput::new(u64::MAX, Some(sink));
-        let limits = Limits { memory_bytes_max: limits.memory_bytes_max.max(MEMORY_BYTES_MIN), ..limits.clone() };
+        let limits = Limits {
+            memory_bytes_max: limits.memory_bytes_max.max(MEMORY_BYTES_MIN),
+            instances_max: BOUNDS.instances_max,
+            stack_bytes_max: BOUNDS.stack_bytes_max,
+            fuel_max: BOUNDS.fuel_max,
+            ..limits.clone()
+        };
         let setup = GuestSetup {
             limits: &limits,
-            seed,
+            seeds: seed.into(),
             clock: Arc::new(VirtualClock::new(0)),
             meter: Arc::clone(&meter),
             output: Arc::clone(&output),
             bounds: BOUNDS,
         };
-        let mut store = guest::store(&self.sandbox.inner.engine, setup, imports);
+        let mut store =
+            guest::store(&self.world, setup, imports).map_err(|outcome| fault_of(self.file.clone(), outcome))?;
         let made = meter.guest(self.pre.instantiate_async(&mut store)).await;
         let algorithm = made.map_err(|error| {
             let outcome = guest::fault(&error, During::Instantiation, BOUNDS, &output);
@@ -290,7 +304,7 @@ impl AlgorithmInstance {
     fn begin(&mut self, name: &str) {
         self.meter.refill();
         let state = self.store.data_mut();
-        state.random = GuestRandom::new(self.seed.child(name), BOUNDS.payload_bytes_max);
+        state.random = GuestRandom::new(self.seed.child(name).into(), BOUNDS.payload_bytes_max);
         state.clock = Arc::new(VirtualClock::new(0));
     }
 
@@ -339,6 +353,10 @@ struct Tracing {
 }
 
 impl LineSink for Tracing {
+    fn act(&self) -> Result<(), Stop> {
+        Ok(())
+    }
+
     fn line(&self, stream: &'static str, text: String) -> Result<(), Stop> {
         tracing::info!(plugin = %self.plugin, stream, "{text}");
         Ok(())

@@ -5,12 +5,12 @@ use std::future::Future;
 use std::sync::Arc;
 
 use fulgurite_core::algorithm::{
-    AlgorithmHost, AlgorithmHostError, GroupSpec, Item, TrajectoryView, TransitionView, WaitFor,
+    AlgorithmHost, AlgorithmHostError, ForkRequest, GroupSpec, Item, TrajectoryView, TransitionView, WaitFor,
 };
 use fulgurite_core::dataset::Split;
 use fulgurite_core::id::RolloutId;
 use fulgurite_core::llm::{Message, Sampling, ToolCall};
-use fulgurite_core::record::{ForkPoint, RolloutMode};
+use fulgurite_core::record::RolloutMode;
 use fulgurite_core::reward::{Reward, RewardSource};
 use wasmtime::component::Resource;
 
@@ -260,7 +260,7 @@ fn group_spec(draft: &GroupDraft) -> Result<GroupSpec, common::HostError> {
         Some((rollout, event)) => {
             let rollout = RolloutId::new(rollout.clone());
             let rollout = rollout.map_err(|error| common::HostError::InvalidArgument(format!("fork-of: {error}")))?;
-            Some(ForkPoint { rollout, event: *event })
+            Some(ForkRequest { rollout, event: *event })
         }
     };
     Ok(GroupSpec {
@@ -323,6 +323,10 @@ fn reward_to_wit(reward: &Reward) -> trajectories::Reward {
 impl trajectories::HostTransition for AlgorithmState {
     fn id(&mut self, transition: Resource<TransitionHandle>) -> wasmtime::Result<String> {
         Ok(self.table.get(&transition)?.0.id.0.clone())
+    }
+
+    fn event(&mut self, transition: Resource<TransitionHandle>) -> wasmtime::Result<u64> {
+        Ok(self.table.get(&transition)?.0.event)
     }
 
     fn call_index(&mut self, transition: Resource<TransitionHandle>) -> wasmtime::Result<u64> {

@@ -40,9 +40,13 @@ pub(crate) mod grader {
     wasmtime::component::bindgen!({
         path: ["../../wit/types", "../../wit/grader"],
         world: "fulgurite:grader/grader",
-        imports: { default: trappable },
+        imports: { "fulgurite:grader/judge.chat": async | trappable, default: trappable },
         exports: { default: async },
-        with: { "fulgurite:types/types": crate::bindings::agent::fulgurite::types::types },
+        with: {
+            "fulgurite:types/types": crate::bindings::agent::fulgurite::types::types,
+            "fulgurite:grader/judge.request": crate::grants::judge::JudgeRequest,
+            "fulgurite:grader/judge.answer": crate::grants::judge::JudgeAnswer,
+        },
         require_store_data_send: true,
     });
 }
@@ -52,9 +56,21 @@ pub(crate) mod tool {
     wasmtime::component::bindgen!({
         path: ["../../wit/types", "../../wit/tool"],
         world: "fulgurite:tool/tool-plugin",
-        imports: { default: trappable },
+        imports: {
+            "fulgurite:tool/http.send": async | trappable,
+            "fulgurite:tool/sqlite.open": async | trappable,
+            "fulgurite:tool/sqlite.[method]database.query": async | trappable,
+            "fulgurite:tool/sqlite.[method]database.execute": async | trappable,
+            default: trappable,
+        },
         exports: { default: async },
-        with: { "fulgurite:types/types": crate::bindings::agent::fulgurite::types::types },
+        with: {
+            "fulgurite:types/types": crate::bindings::agent::fulgurite::types::types,
+            "fulgurite:tool/http.request": crate::grants::http::RequestDraft,
+            "fulgurite:tool/http.response": crate::grants::http::FinishedRequest,
+            "fulgurite:tool/sqlite.rows": crate::grants::sqlite::FoundRows,
+            "fulgurite:tool/sqlite.database": crate::grants::sqlite::OpenDatabase,
+        },
         require_store_data_send: true,
     });
 }

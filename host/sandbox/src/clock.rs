@@ -17,6 +17,7 @@ use wasmtime_wasi::p2::bindings::clocks::{monotonic_clock, wall_clock};
 use wasmtime_wasi::p2::{DynPollable, Pollable, subscribe};
 
 use crate::guest::GuestState;
+use crate::tape::Progress;
 
 const NS_PER_SECOND: u64 = 1_000_000_000;
 
@@ -27,15 +28,23 @@ pub(crate) struct VirtualClock {
     elapsed_ns: AtomicU64,
     sleeping: Mutex<BTreeSet<(u64, u64)>>,
     sleepers: AtomicU64,
+    /// Told before a sleep moves the clock.
+    progress: Arc<Progress>,
 }
 
 impl VirtualClock {
     pub(crate) fn new(start_unix_ns: u64) -> Self {
+        Self::watched(start_unix_ns, Arc::default())
+    }
+
+    /// A clock whose guest is watched.
+    pub(crate) fn watched(start_unix_ns: u64, progress: Arc<Progress>) -> Self {
         Self {
             start_unix_ns,
             elapsed_ns: AtomicU64::new(0),
             sleeping: Mutex::new(BTreeSet::new()),
             sleepers: AtomicU64::new(0),
+            progress,
         }
     }
 
@@ -58,6 +67,11 @@ impl VirtualClock {
         let _ = self
             .elapsed_ns
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |elapsed| Some(elapsed.saturating_add(by_ns)));
+    }
+
+    /// Sets the clock to a reading that was recorded.
+    pub(crate) fn set_unix_ns(&self, unix_ns: u64) {
+        self.elapsed_ns.store(unix_ns.saturating_sub(self.start_unix_ns), Ordering::Relaxed);
     }
 
     fn advance_to(&self, elapsed_ns: u64) {
@@ -102,6 +116,10 @@ impl Future for Sleep<'_> {
             self.clock.lock().insert((self.at_ns, ticket));
             self.ticket = Some(ticket);
         } else if self.clock.lock().first().is_none_or(|(earliest, _)| *earliest >= self.at_ns) {
+            // Where the recorded attempt was ended before it had slept, this sleep never ends.
+            if !self.clock.progress.act() {
+                return Poll::Pending;
+            }
             self.clock.advance_to(self.at_ns);
             return Poll::Ready(());
         }

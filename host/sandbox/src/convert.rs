@@ -1,6 +1,7 @@
 //! Between the vocabulary of `wit/` and the vocabulary of the core.
 
 use fulgurite_core::attribute::guest_name;
+use fulgurite_core::grant::Capability;
 use fulgurite_core::llm::{FinishReason, LlmError, NotTrainable, Role, ToolCall, ToolSpec};
 use fulgurite_core::record::RolloutMode;
 use fulgurite_core::span::{Attribute, AttributeValue};
@@ -86,7 +87,10 @@ pub(crate) fn llm_error_to_wit(error: &LlmError) -> llm::LlmError {
         LlmError::ContextLengthExceeded { prompt_tokens, context_tokens_max } => {
             llm::LlmError::ContextLengthExceeded((*prompt_tokens, *context_tokens_max))
         }
-        LlmError::UnknownEndpoint(text) => llm::LlmError::UnknownEndpoint(text.clone()),
+        LlmError::UnknownEndpoint(name) => {
+            let lines = Capability::Endpoint.lines("agent", name);
+            llm::LlmError::UnknownEndpoint(format!("no endpoint `{name}` is granted; this would allow it:\n{lines}"))
+        }
         LlmError::LimitReached { name, value } => {
             llm::LlmError::LimitReached(types::LimitReached { name: name.clone(), value: *value })
         }
@@ -121,7 +125,8 @@ pub(crate) fn attributes_from_wit(attributes: Vec<types::Attribute>) -> (Vec<Att
             types::AttributeValue::Number(number) => AttributeValue::Number(number),
             types::AttributeValue::Boolean(boolean) => AttributeValue::Boolean(boolean),
         };
-        bytes += attribute.name.len() + size_of::<u64>();
+        // What it costs the host: an attribute without name and text is not free.
+        bytes += attribute.name.len() + size_of::<Attribute>();
         list.push((guest_name(&attribute.name), value));
     }
     (list, bytes)

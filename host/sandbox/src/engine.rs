@@ -1,36 +1,54 @@
-//! The engine: one per process, shared by all plugins.
+//! The engines: one for each profile, made when it is first needed, shared by all plugins of a process.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
-use fulgurite_core::limits::STACK_BYTES_MAX;
+use fulgurite_core::limits::Limits;
+use tokio::sync::Semaphore;
 use wasmtime::component::{HasSelf, Linker};
-use wasmtime::{Cache, CacheConfig, Config, Enabled, Engine, EngineWeak, PoolingAllocationConfig};
+use wasmtime::{Cache, CacheConfig, Engine, EngineWeak};
 
 use crate::agent::AgentHost;
 use crate::algorithm_host::AlgorithmImports;
 use crate::bindings;
+use crate::grants::{GraderGuest, ToolData, link_files};
 use crate::guest::{GuestState, link_wasi};
 use crate::meter::TICK;
+use crate::profile::{self, EngineProfile, Slots};
 
-/// Stack that host functions have beside the guest's, in bytes.
-const HOST_STACK_BYTES: usize = 512 << 10;
-
-/// Components alive at once in one process: agents, tools and graders together. One more is a host fault. The kernel's
-/// default of 65,530 memory mappings is the reason for not having more.
-const INSTANCES_MAX: u32 = 4_096;
-/// Largest linear memory, in bytes, whatever the limits say: 2 x 4,096 of them fit into the address space 16 times.
-pub(crate) const MEMORY_BYTES_MAX: u64 = 1 << 30;
-/// Largest table, whatever the limits say.
-pub(crate) const TABLE_ELEMENTS_MAX: usize = 100_000;
-
-/// Settings of a [`Sandbox`].
-#[derive(Debug, Clone, Default)]
+/// Settings of a [`Sandbox`]: what has to be known before anything is compiled.
+#[derive(Debug, Clone)]
 pub struct SandboxSettings {
     /// Where compiled code is kept between processes. wasmtime trusts what it finds there, so the folder must belong to
     /// this user alone; it is made with mode 0700, and refused when others may enter it. `None` keeps nothing.
     pub cache_dir: Option<PathBuf>,
+    /// Stack of one guest in bytes.
+    pub stack_bytes_max: u64,
+    /// Largest linear memory in bytes that a small guest may be given by its limits.
+    pub memory_bytes_max: u64,
+    /// Whether guests count instructions. Compiled into their code: [`Limits::fuel_max`] needs it.
+    pub fuel: bool,
+}
+
+impl SandboxSettings {
+    /// What these limits need.
+    #[must_use]
+    pub fn new(cache_dir: Option<PathBuf>, limits: &Limits) -> Self {
+        Self {
+            cache_dir,
+            stack_bytes_max: limits.stack_bytes_max,
+            memory_bytes_max: limits.memory_bytes_max,
+            fuel: limits.fuel_max > 0,
+        }
+    }
+}
+
+impl Default for SandboxSettings {
+    fn default() -> Self {
+        Self::new(None, &Limits::default())
+    }
 }
 
 /// Why a sandbox could not be made.
@@ -67,11 +85,30 @@ pub struct Sandbox {
 }
 
 pub(crate) struct Inner {
+    settings: SandboxSettings,
+    cache: Option<Cache>,
+    worlds: Mutex<BTreeMap<EngineProfile, Arc<World>>>,
+    ticking: Arc<Mutex<Vec<EngineWeak>>>,
+}
+
+/// One engine with everything that its guests may import.
+pub(crate) struct World {
     pub(crate) engine: Engine,
+    pub(crate) profile: EngineProfile,
     pub(crate) agents: Linker<GuestState<AgentHost>>,
-    pub(crate) graders: Linker<GuestState<()>>,
-    pub(crate) tools: Linker<GuestState<()>>,
+    pub(crate) graders: Linker<GuestState<GraderGuest>>,
+    /// For graders that are granted an endpoint.
+    pub(crate) judged_graders: Linker<GuestState<GraderGuest>>,
+    pub(crate) tools: Linker<ToolData>,
     pub(crate) algorithms: Linker<GuestState<AlgorithmImports>>,
+    pub(crate) stack_bytes_max: u64,
+    memory_bytes_max: u64,
+    pub(crate) fuel: bool,
+    /// Guests of attempts: agents and tools.
+    pub(crate) attempt_slots: Arc<Semaphore>,
+    pub(crate) attempt_slots_max: u32,
+    /// Gradings. They have slots of their own: an attempt that keeps its slots while it is graded must find one.
+    pub(crate) grader_slots: Arc<Semaphore>,
 }
 
 impl std::fmt::Debug for Sandbox {
@@ -81,96 +118,121 @@ impl std::fmt::Debug for Sandbox {
 }
 
 impl Sandbox {
-    /// Starts an engine and its epoch ticker, which ends with the last plugin.
+    /// Starts the engine of small guests and the epoch ticker, which ends with the last plugin.
     ///
     /// # Errors
     /// When the cache folder is not private, or the machine cannot run WebAssembly.
     pub fn new(settings: SandboxSettings) -> Result<Self, SandboxError> {
-        let cache = match settings.cache_dir {
+        let cache = match &settings.cache_dir {
             None => None,
             Some(dir) => {
-                make_private(&dir)?;
+                make_private(dir)?;
                 let mut cache = CacheConfig::new();
                 cache.with_directory(dir);
                 Some(Cache::new(cache).map_err(engine_error)?)
             }
         };
-        // Where address space is rationed the pool cannot be reserved; instances made on demand only cost more time.
-        let engine = Engine::new(config(cache.clone()).allocation_strategy(pool()))
-            .or_else(|_| Engine::new(&config(cache)))
-            .map_err(engine_error)?;
-        let inner = link(engine.clone()).map_err(engine_error)?;
-        let weak = engine.weak();
+        let ticking = Arc::new(Mutex::new(vec![]));
+        let inner = Inner { settings, cache, worlds: Mutex::default(), ticking: Arc::clone(&ticking) };
+        let sandbox = Self { inner: Arc::new(inner) };
+        sandbox.world(EngineProfile::Small)?;
         thread::Builder::new()
             .name("fulgurite-epoch".to_owned())
-            .spawn(move || tick(&weak))
+            .spawn(move || tick(&ticking))
             .map_err(|error| SandboxError::Engine(Box::new(error)))?;
-        Ok(Self { inner: Arc::new(inner) })
+        Ok(sandbox)
+    }
+
+    /// The engine of a profile, made when it is first asked for.
+    pub(crate) fn world(&self, profile: EngineProfile) -> Result<Arc<World>, SandboxError> {
+        let mut worlds = self.inner.worlds.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(world) = worlds.get(&profile) {
+            return Ok(Arc::clone(world));
+        }
+        let settings = &self.inner.settings;
+        let slots = Slots::of_machine(profile);
+        let cache = || self.inner.cache.clone();
+        // Where address space is rationed the pool cannot be reserved; instances made on demand only cost more time.
+        let engine = Engine::new(profile::config(profile, settings, cache()).allocation_strategy(slots.pool(settings)))
+            .or_else(|_| Engine::new(&profile::config(profile, settings, cache())))
+            .map_err(engine_error)?;
+        let world = Arc::new(link(engine, profile, settings, slots).map_err(engine_error)?);
+        self.inner.ticking.lock().unwrap_or_else(PoisonError::into_inner).push(world.engine.weak());
+        worlds.insert(profile, Arc::clone(&world));
+        Ok(world)
     }
 }
 
-fn config(cache: Option<Cache>) -> Config {
-    let mut config = Config::new();
-    config
-        .epoch_interruption(true)
-        .max_wasm_stack(STACK_BYTES_MAX)
-        .async_stack_size(STACK_BYTES_MAX + HOST_STACK_BYTES)
-        .cranelift_nan_canonicalization(true)
-        .relaxed_simd_deterministic(true)
-        .memory_reservation(MEMORY_BYTES_MAX)
-        .cache(cache);
-    config
+impl World {
+    /// Largest linear memory that this engine can make.
+    pub(crate) fn memory_bytes_max(&self) -> u64 {
+        self.memory_bytes_max
+    }
+
+    /// Name and version of the engine, with every setting that a guest could notice.
+    pub(crate) fn name(&self) -> String {
+        profile::name(self.profile, self.stack_bytes_max, self.fuel)
+    }
 }
 
-/// Instances come from a pool: 2.5 times as many attempts a second as with memory mapped for each. The pool is address
-/// space, not memory; what is kept resident between two attempts is what a small Rust guest touches.
-fn pool() -> PoolingAllocationConfig {
-    let mut pool = PoolingAllocationConfig::new();
-    pool.total_component_instances(INSTANCES_MAX)
-        .total_core_instances(INSTANCES_MAX * 16)
-        .total_memories(INSTANCES_MAX * 2)
-        .total_tables(INSTANCES_MAX * 4)
-        .total_stacks(INSTANCES_MAX)
-        .max_memories_per_module(2)
-        .max_tables_per_module(4)
-        .max_memory_size(usize::try_from(MEMORY_BYTES_MAX).unwrap_or(usize::MAX))
-        .table_elements(TABLE_ELEMENTS_MAX)
-        .pagemap_scan(Enabled::Auto)
-        .linear_memory_keep_resident(1_280 << 10)
-        .table_keep_resident(64 << 10)
-        .async_stack_keep_resident(64 << 10);
-    pool
-}
-
-fn engine_error(error: wasmtime::Error) -> SandboxError {
+pub(crate) fn engine_error(error: wasmtime::Error) -> SandboxError {
     SandboxError::Engine(error.into_boxed_dyn_error())
 }
 
-fn tick(engine: &EngineWeak) {
-    while let Some(engine) = engine.upgrade() {
-        engine.increment_epoch();
-        drop(engine);
+/// Ends when no engine is left.
+fn tick(engines: &Mutex<Vec<EngineWeak>>) {
+    loop {
+        let mut alive = false;
+        for engine in engines.lock().unwrap_or_else(PoisonError::into_inner).iter().filter_map(EngineWeak::upgrade) {
+            engine.increment_epoch();
+            alive = true;
+        }
+        if !alive {
+            return;
+        }
         thread::sleep(TICK);
     }
 }
 
-fn link(engine: Engine) -> wasmtime::Result<Inner> {
+fn link(engine: Engine, profile: EngineProfile, settings: &SandboxSettings, slots: Slots) -> wasmtime::Result<World> {
     let mut agents = Linker::new(&engine);
     link_wasi(&mut agents)?;
     bindings::agent::Agent::add_to_linker::<_, HasSelf<GuestState<AgentHost>>>(&mut agents, |state| state)?;
     let mut graders = Linker::new(&engine);
     link_wasi(&mut graders)?;
-    bindings::grader::Grader::add_to_linker::<_, HasSelf<GuestState<()>>>(&mut graders, |state| state)?;
+    // `judge` is not there at all unless it is granted.
+    bindings::grader::fulgurite::grader::types::add_to_linker::<_, HasSelf<GuestState<GraderGuest>>>(
+        &mut graders,
+        |state| state,
+    )?;
+    let mut judged_graders = Linker::new(&engine);
+    link_wasi(&mut judged_graders)?;
+    bindings::grader::Grader::add_to_linker::<_, HasSelf<GuestState<GraderGuest>>>(&mut judged_graders, |state| state)?;
     let mut tools = Linker::new(&engine);
     link_wasi(&mut tools)?;
-    bindings::tool::ToolPlugin::add_to_linker::<_, HasSelf<GuestState<()>>>(&mut tools, |state| state)?;
+    link_files(&mut tools)?;
+    bindings::tool::ToolPlugin::add_to_linker::<_, HasSelf<ToolData>>(&mut tools, |state| state)?;
     let mut algorithms = Linker::new(&engine);
     link_wasi(&mut algorithms)?;
     bindings::algorithm::Algorithm::add_to_linker::<_, HasSelf<GuestState<AlgorithmImports>>>(
         &mut algorithms,
         |state| state,
     )?;
-    Ok(Inner { engine, agents, graders, tools, algorithms })
+    Ok(World {
+        engine,
+        profile,
+        agents,
+        graders,
+        judged_graders,
+        tools,
+        algorithms,
+        stack_bytes_max: profile::stack_bytes_max(profile, settings),
+        memory_bytes_max: profile::memory_bytes_max(profile, settings),
+        fuel: profile::counts_fuel(profile, settings),
+        attempt_slots: Arc::new(Semaphore::new(slots.attempts as usize)),
+        attempt_slots_max: slots.attempts,
+        grader_slots: Arc::new(Semaphore::new(slots.graders as usize)),
+    })
 }
 
 /// Makes the folder with mode 0700, or checks that an existing one is closed to others.

@@ -1,6 +1,5 @@
 //! Why a guest was stopped, and which outcome that is.
 
-use fulgurite_core::limits::STACK_BYTES_MAX;
 use fulgurite_core::outcome::{AttemptOutcome, LimitReached, OutcomeKind};
 use wasmtime::component::ResourceTableError;
 use wasmtime::{Trap, WasmBacktrace};
@@ -40,11 +39,18 @@ pub(crate) enum During {
 
 /// Bounds that wasmtime itself enforces and whose errors do not say their value.
 #[derive(Debug, Clone, Copy)]
+#[expect(clippy::struct_field_names, reason = "limits are called what the config calls them")]
 pub(crate) struct Bounds {
     /// Bytes that one call may carry.
     pub(crate) payload_bytes_max: u64,
     /// Handles that a guest may hold at once.
-    pub(crate) resources_max: usize,
+    pub(crate) handles_max: u64,
+    /// Core instances of a component.
+    pub(crate) instances_max: u64,
+    /// Its stack.
+    pub(crate) stack_bytes_max: u64,
+    /// Instructions, when they are counted.
+    pub(crate) fuel_max: u64,
 }
 
 /// The outcome of a guest that ended with an error.
@@ -54,15 +60,21 @@ pub(crate) fn outcome_of(error: &wasmtime::Error, during: During, bounds: Bounds
     }
     let trap = error.downcast_ref::<Trap>();
     if trap == Some(&Trap::StackOverflow) {
-        return AttemptOutcome::limited(OutcomeKind::StackLimit, "stack_bytes_max", STACK_BYTES_MAX as u64);
+        return AttemptOutcome::limited(OutcomeKind::StackLimit, "stack_bytes_max", bounds.stack_bytes_max);
     }
-    // wasmtime keeps the types of these two errors private; tests pin their texts.
+    if trap == Some(&Trap::OutOfFuel) {
+        return AttemptOutcome::limited(OutcomeKind::CpuLimit, "fuel_max", bounds.fuel_max);
+    }
+    // wasmtime keeps the types of these errors private; tests pin their texts.
     let says = |text: &str| error.chain().any(|cause| cause.to_string().contains(text));
     if says("fuel allocated for hostcalls") {
         return AttemptOutcome::limited(OutcomeKind::OutputLimit, "payload_bytes_max", bounds.payload_bytes_max);
     }
     if says("store handle limit exceeded") || matches!(error.downcast_ref(), Some(ResourceTableError::Full)) {
-        return AttemptOutcome::limited(OutcomeKind::MemoryLimit, "resources_max", bounds.resources_max as u64);
+        return AttemptOutcome::limited(OutcomeKind::MemoryLimit, "handles_max", bounds.handles_max);
+    }
+    if says("instance count too high") {
+        return AttemptOutcome::limited(OutcomeKind::MemoryLimit, "instances_max", bounds.instances_max);
     }
     if let Some(exit) = error.downcast_ref::<wasmtime_wasi::I32Exit>() {
         return AttemptOutcome::failed(OutcomeKind::Trap, format!("the guest called exit with code {}", exit.0));
@@ -120,7 +132,11 @@ mod tests {
     #[test]
     fn a_stop_is_found_under_context() {
         let error = Stop::limit(OutcomeKind::CpuLimit, "guest_cpu_ms_max", 5).error().context("while calling");
-        let outcome = outcome_of(&error, During::Call, Bounds { payload_bytes_max: 1, resources_max: 1 });
+        let outcome = outcome_of(
+            &error,
+            During::Call,
+            Bounds { payload_bytes_max: 1, handles_max: 1, instances_max: 1, stack_bytes_max: 1, fuel_max: 0 },
+        );
         assert_eq!(outcome.kind, OutcomeKind::CpuLimit);
         assert_eq!(outcome.limit, Some(LimitReached { name: "guest_cpu_ms_max".to_owned(), value: 5 }));
     }

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use fulgurite_core::grant::EndpointGrants;
 use fulgurite_core::id::ContentHash;
 use fulgurite_core::limits::Limits;
 use fulgurite_core::llm::Message;
@@ -15,8 +16,9 @@ use crate::bindings::grader::GraderPre;
 use crate::bindings::grader::fulgurite::grader::types as wit;
 use crate::clock::VirtualClock;
 use crate::convert;
-use crate::engine::Sandbox;
+use crate::engine::{Sandbox, World};
 use crate::fault::{During, blamed_on};
+use crate::grants::{GraderGuest, Judge};
 use crate::guest::{self, GuestSetup, GuestState};
 use crate::meter::Meter;
 use crate::output::GuestOutput;
@@ -24,8 +26,8 @@ use crate::plugin::{PluginError, PluginWorld, incompatible};
 
 /// A grader's component, compiled.
 pub struct GraderPlugin {
-    sandbox: Sandbox,
-    pre: GraderPre<GuestState<()>>,
+    world: Arc<World>,
+    pre: GraderPre<GuestState<GraderGuest>>,
     hash: ContentHash,
 }
 
@@ -46,14 +48,17 @@ pub struct GradeRun<'a> {
     pub reference: String,
     /// How the agent's part ended.
     pub outcome: &'a AttemptOutcome,
-    /// What the agent did, in the order of sequence.
-    pub spans: &'a [Span],
+    /// What the agent did, in the order of sequence; in two pieces when the attempt is a fork and has its first part from
+    /// another one.
+    pub spans: [&'a [Span]; 2],
     /// Seed of the grader's random numbers.
     pub seed: Seed,
     /// Limits of the grader.
     pub limits: &'a Limits,
     /// Where the grader's clock stands, nanoseconds since the Unix epoch.
     pub start_unix_ns: u64,
+    /// The model endpoints that the grader is granted; none: it asks nobody.
+    pub judge: Option<Judge>,
 }
 
 /// A grade.
@@ -71,10 +76,19 @@ impl Sandbox {
     /// # Errors
     /// As [`Sandbox::load_agent`].
     pub fn load_grader(&self, path: &Path) -> Result<Arc<GraderPlugin>, PluginError> {
-        let artifact = self.load(path, PluginWorld::Grader)?;
-        let pre = self.inner.graders.instantiate_pre(&artifact.component).and_then(GraderPre::new);
+        self.load_granted_grader(path, &EndpointGrants::default())
+    }
+
+    /// Loads a grader with what the config grants to it.
+    ///
+    /// # Errors
+    /// As [`Sandbox::load_agent`], and when manifest and grants do not fit.
+    pub fn load_granted_grader(&self, path: &Path, grants: &EndpointGrants) -> Result<Arc<GraderPlugin>, PluginError> {
+        let artifact = self.load_granted(path, PluginWorld::Grader, "grader", &grants.granted())?;
+        let linker = if grants.is_empty() { &artifact.world.graders } else { &artifact.world.judged_graders };
+        let pre = linker.instantiate_pre(&artifact.component).and_then(GraderPre::new);
         let pre = pre.map_err(|error| incompatible(path, PluginWorld::Grader, &error))?;
-        Ok(Arc::new(GraderPlugin { sandbox: self.clone(), pre, hash: artifact.hash }))
+        Ok(Arc::new(GraderPlugin { world: artifact.world, pre, hash: artifact.hash }))
     }
 }
 
@@ -93,17 +107,21 @@ impl GraderPlugin {
     pub async fn grade(&self, run: GradeRun<'_>) -> Result<GradeReport, AttemptOutcome> {
         let limits = run.limits;
         let case = grade_case(&run);
+        // Never closed, and never held while waiting for anything but the grader itself.
+        let _slot = self.world.grader_slots.acquire().await;
         let meter = Arc::new(Meter::new("guest_cpu_ms_max", limits.guest_cpu_ms_max));
         let output = GuestOutput::new(limits.output_bytes_max, None);
         let setup = GuestSetup {
             limits,
-            seed: run.seed,
+            seeds: run.seed.into(),
             clock: Arc::new(VirtualClock::new(run.start_unix_ns)),
             meter: Arc::clone(&meter),
             output: Arc::clone(&output),
             bounds: guest::attempt_bounds(limits),
         };
-        let mut store = guest::store(&self.sandbox.inner.engine, setup, ());
+        let host = GraderGuest::new(run.judge.clone(), limits);
+        let mut store = guest::store(&self.world, setup, host)
+            .map_err(|fault| blamed_on(OutcomeKind::GraderFault, "the grader", fault))?;
         let graded = meter
             .guest(async {
                 let grader =
@@ -155,13 +173,13 @@ fn grade_case(run: &GradeRun<'_>) -> wit::GradeCase {
             output: run.outcome.output.clone(),
             detail: run.outcome.detail.clone(),
         },
-        trajectory: trajectory(run.spans),
+        trajectory: trajectory(run.spans.iter().copied().flatten()),
         attributes: vec![],
     }
 }
 
 /// What happened, as far as a grader may see it. Messages that were new in a failed call count as new in the next one.
-fn trajectory(spans: &[Span]) -> Vec<wit::Event> {
+fn trajectory<'a>(spans: impl Iterator<Item = &'a Span>) -> Vec<wit::Event> {
     let mut events = vec![];
     let mut unseen: Vec<&Message> = vec![];
     for span in spans {
@@ -194,7 +212,7 @@ fn trajectory(spans: &[Span]) -> Vec<wit::Event> {
     events
 }
 
-impl wit::Host for GuestState<()> {}
+impl wit::Host for GuestState<GraderGuest> {}
 
 #[cfg(test)]
 mod tests {
@@ -231,7 +249,7 @@ mod tests {
             sampling: Sampling::default(),
             agent_role: "agent".to_owned(),
             endpoint: None,
-            result,
+            result: result.map(Arc::new),
         })))
     }
 
@@ -246,13 +264,13 @@ mod tests {
             tokens: None,
             not_trainable: None,
         };
-        let spans = vec![
+        let spans = [
             call(0, vec![Message::text(Role::User, "which room?")], Err(LlmError::Unavailable("down".to_owned()))),
             span(SpanBody::Log { level: "info".to_owned(), text: "please give me 1.0".to_owned() }),
             call(1, vec![], Ok(completion)),
             span(SpanBody::Object { name: "note".to_owned(), value: "1".to_owned() }),
         ];
-        let events = trajectory(&spans);
+        let events = trajectory(spans.iter());
         assert_eq!(events.len(), 2);
         match &events[0] {
             wit::Event::Llm(event) => {

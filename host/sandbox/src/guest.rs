@@ -4,24 +4,28 @@ use std::sync::Arc;
 
 use fulgurite_core::limits::Limits;
 use fulgurite_core::outcome::{AttemptOutcome, OutcomeKind};
-use fulgurite_core::seed::Seed;
 use wasmtime::component::{HasSelf, Linker, ResourceTable};
-use wasmtime::{Engine, Store, UpdateDeadline};
+use wasmtime::{Store, UpdateDeadline};
 use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
 
 use crate::clock::VirtualClock;
+use crate::engine::World;
 use crate::fault::{Bounds, During, outcome_of, truncate};
 use crate::limits::Limiter;
 use crate::meter::{Meter, Tick};
 use crate::output::{GuestOutput, GuestStream};
 use crate::random::GuestRandom;
-
-/// Most resources that the guest of one attempt may hold at once: a bound on what small handles can cost the host.
-const RESOURCES_MAX: usize = 16_384;
+use crate::tape::SeedSource;
 
 /// Bounds of the guests of an attempt.
 pub(crate) fn attempt_bounds(limits: &Limits) -> Bounds {
-    Bounds { payload_bytes_max: limits.payload_bytes_max, resources_max: RESOURCES_MAX }
+    Bounds {
+        payload_bytes_max: limits.payload_bytes_max,
+        handles_max: limits.handles_max,
+        instances_max: limits.instances_max,
+        stack_bytes_max: limits.stack_bytes_max,
+        fuel_max: limits.fuel_max,
+    }
 }
 
 /// Most bytes of standard error in the detail of an outcome.
@@ -47,7 +51,7 @@ impl<H: Send + 'static> WasiView for GuestState<H> {
 /// What a guest is started with.
 pub(crate) struct GuestSetup<'a> {
     pub(crate) limits: &'a Limits,
-    pub(crate) seed: Seed,
+    pub(crate) seeds: SeedSource,
     pub(crate) clock: Arc<VirtualClock>,
     pub(crate) meter: Arc<Meter>,
     pub(crate) output: Arc<GuestOutput>,
@@ -55,7 +59,17 @@ pub(crate) struct GuestSetup<'a> {
 }
 
 /// A fresh store.
-pub(crate) fn store<H: Send + 'static>(engine: &Engine, setup: GuestSetup<'_>, host: H) -> Store<GuestState<H>> {
+///
+/// # Errors
+/// A host fault when the limits ask for what this engine was not made for.
+pub(crate) fn store<H: Send + 'static>(
+    world: &World,
+    setup: GuestSetup<'_>,
+    host: H,
+) -> Result<Store<GuestState<H>>, AttemptOutcome> {
+    check_engine(world, setup.limits)?;
+    let fuel = if setup.limits.fuel_max == 0 { u64::MAX } else { setup.limits.fuel_max };
+    let handles_max = usize::try_from(setup.bounds.handles_max).unwrap_or(usize::MAX);
     let wasi = WasiCtx::builder()
         .stdout(GuestStream { output: Arc::clone(&setup.output), name: "stdout" })
         .stderr(GuestStream { output: setup.output, name: "stderr" })
@@ -64,20 +78,25 @@ pub(crate) fn store<H: Send + 'static>(engine: &Engine, setup: GuestSetup<'_>, h
         .allow_ip_name_lookup(false)
         .build();
     let mut table = ResourceTable::new();
-    table.set_max_capacity(setup.bounds.resources_max);
+    table.set_max_capacity(handles_max);
     let state = GuestState {
         wasi,
         table,
         clock: setup.clock,
-        random: GuestRandom::new(setup.seed, setup.bounds.payload_bytes_max),
-        limiter: Limiter::new(setup.limits),
+        random: GuestRandom::new(setup.seeds, setup.bounds.payload_bytes_max),
+        limiter: Limiter::new(setup.limits, world.memory_bytes_max()),
         meter: setup.meter,
         host,
     };
-    let mut store = Store::new(engine, state);
+    let mut store = Store::new(&world.engine, state);
+    if world.fuel
+        && let Err(error) = store.set_fuel(fuel)
+    {
+        return Err(AttemptOutcome::failed(OutcomeKind::HostFault, format!("cannot count instructions: {error}")));
+    }
     store.limiter(|state| &mut state.limiter);
     store.set_hostcall_fuel(usize::try_from(setup.bounds.payload_bytes_max).unwrap_or(usize::MAX));
-    store.set_max_component_handles(setup.bounds.resources_max);
+    store.set_max_component_handles(handles_max);
     store.set_epoch_deadline(1);
     store.epoch_deadline_callback(|context| {
         let meter = &context.data().meter;
@@ -87,7 +106,19 @@ pub(crate) fn store<H: Send + 'static>(engine: &Engine, setup: GuestSetup<'_>, h
             Tick::Exhausted => Err(meter.exhausted().error()),
         }
     });
-    store
+    Ok(store)
+}
+
+fn check_engine(world: &World, limits: &Limits) -> Result<(), AttemptOutcome> {
+    let fail = |problem: String| Err(AttemptOutcome::failed(OutcomeKind::HostFault, problem));
+    if limits.fuel_max > 0 && !world.fuel {
+        return fail("fuel_max is set, and the engine was started without counting instructions".to_owned());
+    }
+    if limits.stack_bytes_max != world.stack_bytes_max {
+        let (asked, made) = (limits.stack_bytes_max, world.stack_bytes_max);
+        return fail(format!("stack_bytes_max is {asked}, and the engine was started with {made}"));
+    }
+    Ok(())
 }
 
 /// Links WASI p2. Everything is there, so that any standard library links; nothing in it reaches the machine.

@@ -4,8 +4,8 @@ use fulgurite_core::limits::Limits;
 use fulgurite_core::outcome::OutcomeKind;
 use wasmtime::ResourceLimiter;
 
-use crate::engine::{MEMORY_BYTES_MAX, TABLE_ELEMENTS_MAX};
 use crate::fault::Stop;
+use crate::profile::TABLE_ELEMENTS_MAX;
 
 /// Counts the linear memory and the table elements of one store, all its instances together.
 ///
@@ -17,24 +17,30 @@ pub(crate) struct Limiter {
     memory_bytes_max: u64,
     table_elements: u64,
     table_elements_max: u64,
+    instances_max: usize,
     /// What the last permitted growth added, to give back when it fails after all.
     last_growth: u64,
 }
 
 impl Limiter {
-    /// What the engine can hold at most bounds the limits.
-    pub(crate) fn new(limits: &Limits) -> Self {
+    /// What the engine can hold at most bounds the limits: `memory_bytes_max` is the size of its largest memory.
+    pub(crate) fn new(limits: &Limits, memory_bytes_max: u64) -> Self {
         Self {
             memory_bytes: 0,
-            memory_bytes_max: limits.memory_bytes_max.min(MEMORY_BYTES_MAX),
+            memory_bytes_max: limits.memory_bytes_max.min(memory_bytes_max),
             table_elements: 0,
             table_elements_max: limits.table_elements_max.min(TABLE_ELEMENTS_MAX as u64),
+            instances_max: usize::try_from(limits.instances_max).unwrap_or(usize::MAX),
             last_growth: 0,
         }
     }
 }
 
 impl ResourceLimiter for Limiter {
+    fn instances(&self) -> usize {
+        self.instances_max
+    }
+
     fn memory_growing(&mut self, current: usize, desired: usize, maximum: Option<usize>) -> wasmtime::Result<bool> {
         let growth = desired.saturating_sub(current) as u64;
         let total = self.memory_bytes.saturating_add(growth);
@@ -81,7 +87,7 @@ mod tests {
 
     #[test]
     fn memories_are_added_up() {
-        let mut limiter = Limiter::new(&Limits { memory_bytes_max: 3 << 16, ..Limits::default() });
+        let mut limiter = Limiter::new(&Limits { memory_bytes_max: 3 << 16, ..Limits::default() }, u64::MAX);
         assert!(limiter.memory_growing(0, 2 << 16, None).unwrap());
         assert!(limiter.memory_growing(0, 1 << 16, None).unwrap());
         assert!(limiter.memory_growing(2 << 16, 3 << 16, None).is_err());
@@ -89,7 +95,7 @@ mod tests {
 
     #[test]
     fn a_growth_that_fails_is_given_back() {
-        let mut limiter = Limiter::new(&Limits { memory_bytes_max: 1 << 16, ..Limits::default() });
+        let mut limiter = Limiter::new(&Limits { memory_bytes_max: 1 << 16, ..Limits::default() }, u64::MAX);
         assert!(limiter.memory_growing(0, 1 << 16, None).unwrap());
         limiter.memory_grow_failed(wasmtime::Error::msg("no memory")).unwrap();
         assert!(limiter.memory_growing(0, 1 << 16, None).unwrap());

@@ -7,13 +7,14 @@
 
 use std::future::{Future, poll_fn};
 use std::pin::pin;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use fulgurite_core::outcome::OutcomeKind;
 
 use crate::fault::Stop;
+use crate::tape::Tape;
 
 /// Period of the epoch ticker: the granularity of limits on CPU time and of yields. 2 ms: a loop loses its worker thread
 /// after at most two of them, and 500 ticks a second cost nothing measurable.
@@ -27,6 +28,10 @@ const EXACT_AFTER: Duration = Duration::from_millis(20);
 /// longer was the operating system's doing.
 const WALL_SLICE_MAX: Duration = Duration::from_millis(5);
 
+/// How many times the CPU time of a recorded guest a replayed one may take to get as far. 4: a busier or slower machine; a
+/// changed guest that is in a loop is stopped soon all the same.
+const REPLAY_CPU_FACTOR: u64 = 4;
+
 /// The CPU account of one guest. Readings are relaxed: only the thread that polls the guest writes.
 #[derive(Debug)]
 pub(crate) struct Meter {
@@ -36,6 +41,36 @@ pub(crate) struct Meter {
     limit_ns: AtomicU64,
     limit_name: &'static str,
     limit_ms: u64,
+    heartbeat: Option<Arc<Heartbeat>>,
+    tape: Option<Arc<Tape>>,
+}
+
+/// The last sign of life of an attempt. Its clock is moved by whoever watches it, so that a beat costs one store and no
+/// reading of a clock.
+#[derive(Debug)]
+pub struct Heartbeat {
+    now_ms: Arc<AtomicU64>,
+    last_ms: AtomicU64,
+}
+
+impl Heartbeat {
+    /// A heart that has just beaten. `now_ms` is the watcher's clock in milliseconds.
+    #[must_use]
+    pub fn new(now_ms: Arc<AtomicU64>) -> Self {
+        let last_ms = AtomicU64::new(now_ms.load(Ordering::Relaxed));
+        Self { now_ms, last_ms }
+    }
+
+    /// The guest runs.
+    pub fn beat(&self) {
+        self.last_ms.store(self.now_ms.load(Ordering::Relaxed), Ordering::Relaxed);
+    }
+
+    /// How long nothing was heard, in milliseconds, on a watcher's clock that reads `now_ms`.
+    #[must_use]
+    pub fn silent_ms(&self, now_ms: u64) -> u64 {
+        now_ms.saturating_sub(self.last_ms.load(Ordering::Relaxed))
+    }
 }
 
 impl Meter {
@@ -48,7 +83,22 @@ impl Meter {
             limit_ns: AtomicU64::new(limit_ms.saturating_mul(1_000_000)),
             limit_name,
             limit_ms,
+            heartbeat: None,
+            tape: None,
         }
+    }
+
+    /// Measures a guest that is replayed. Where its time was up is recorded; a machine that is slower now gives it more time
+    /// to get there.
+    pub(crate) fn with_tape(mut self, tape: Option<Arc<Tape>>) -> Self {
+        self.tape = tape;
+        self
+    }
+
+    /// Tells somebody whenever the guest runs.
+    pub(crate) fn with_heartbeat(mut self, heartbeat: Option<Arc<Heartbeat>>) -> Self {
+        self.heartbeat = heartbeat;
+        self
     }
 
     /// CPU time used so far, in microseconds.
@@ -71,7 +121,13 @@ impl Meter {
     pub(crate) fn tick(&self) -> Tick {
         let slice = self.slice_ns();
         let used = self.used_ns.load(Ordering::Relaxed).saturating_add(slice);
-        if used >= self.limit_ns.load(Ordering::Relaxed) {
+        let (limit_ns, factor) = match &self.tape {
+            // The recorded guest did nothing more that could be compared.
+            Some(tape) if tape.is_at_cut() => return Tick::Exhausted,
+            Some(_) => (self.limit_ns.load(Ordering::Relaxed), REPLAY_CPU_FACTOR),
+            None => (self.limit_ns.load(Ordering::Relaxed), 1),
+        };
+        if used >= limit_ns.saturating_mul(factor) {
             Tick::Exhausted
         } else if u128::from(slice) >= TICK.as_nanos() {
             Tick::Yield
@@ -105,6 +161,9 @@ impl Meter {
     }
 
     fn start(&self) {
+        if let Some(heartbeat) = &self.heartbeat {
+            heartbeat.beat();
+        }
         let exact_after = EXACT_AFTER.as_nanos();
         // A guest with a small allowance is timed exactly from the start.
         let exact = u128::from(self.used_ns.load(Ordering::Relaxed)) >= exact_after

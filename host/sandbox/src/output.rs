@@ -19,6 +19,9 @@ const CHUNK_BYTES: usize = 65_536;
 
 /// Takes finished lines.
 pub(crate) trait LineSink: Send + Sync {
+    /// Is told before a guest writes, whether that makes a line or not.
+    fn act(&self) -> Result<(), Stop>;
+
     /// Takes one line of `stdout` or `stderr`.
     fn line(&self, stream: &'static str, text: String) -> Result<(), Stop>;
 }
@@ -65,6 +68,9 @@ impl GuestOutput {
     }
 
     fn write(&self, stream: &'static str, bytes: &[u8]) -> Result<(), Stop> {
+        if let Some(sink) = &self.sink {
+            sink.act()?;
+        }
         let mut state = self.lock();
         state.bytes = state.bytes.saturating_add(bytes.len() as u64);
         if state.bytes > self.bytes_max {

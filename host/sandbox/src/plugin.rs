@@ -2,13 +2,17 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use fulgurite_core::grant::{Ask, Capability, GrantError, InvalidManifest, Manifest};
 use fulgurite_core::id::ContentHash;
 use wasmtime::Engine;
 use wasmtime::component::Component;
 use wasmtime::component::types::ComponentItem;
 
-use crate::engine::Sandbox;
+use crate::engine::{Sandbox, SandboxError, World};
+use crate::manifest;
+use crate::profile::{EngineProfile, SMALL_COMPONENT_BYTES_MAX};
 
 /// Version of every package in `wit/`.
 const WIT_VERSION: &str = "0.1.0";
@@ -67,8 +71,8 @@ impl PluginWorld {
                 "fulgurite:agent/resources",
                 "fulgurite:agent/task",
             ],
-            Self::Grader => &["fulgurite:types/types", "fulgurite:grader/types"],
-            Self::Tool => &["fulgurite:types/types"],
+            Self::Grader => &["fulgurite:types/types", "fulgurite:grader/types", JUDGE],
+            Self::Tool => &["fulgurite:types/types", "fulgurite:tool/http", "fulgurite:tool/sqlite"],
             Self::Algorithm => &[
                 "fulgurite:types/types",
                 "fulgurite:algorithm/common",
@@ -82,6 +86,17 @@ impl PluginWorld {
         }
     }
 
+    /// What a plugin of the world may ask for.
+    #[must_use]
+    pub const fn capabilities(self) -> &'static [Capability] {
+        match self {
+            Self::Agent | Self::Grader => &[Capability::Endpoint],
+            // Writable data and servers are for tools, never for agents.
+            Self::Tool => &[Capability::Folder, Capability::Http, Capability::Sqlite],
+            Self::Algorithm => &[],
+        }
+    }
+
     /// Names of the limits ([`fulgurite_core::limits::Limits`]) that apply to a guest of this world.
     #[must_use]
     pub const fn limits(self) -> &'static [&'static str] {
@@ -89,8 +104,13 @@ impl PluginWorld {
             Self::Agent => &[
                 "memory_bytes_max",
                 "table_elements_max",
+                "stack_bytes_max",
+                "instances_max",
+                "handles_max",
                 "guest_cpu_ms_max",
+                "fuel_max",
                 "attempt_wall_ms_max",
+                "heartbeat_ms_max",
                 "llm_calls_max",
                 "completion_tokens_max",
                 "tool_calls_max",
@@ -102,18 +122,46 @@ impl PluginWorld {
             Self::Grader => &[
                 "memory_bytes_max",
                 "table_elements_max",
+                "stack_bytes_max",
+                "instances_max",
+                "handles_max",
                 "guest_cpu_ms_max",
+                "fuel_max",
                 "output_bytes_max",
                 "payload_bytes_max",
                 "rewards_max",
+                "llm_calls_max",
+                "completion_tokens_max",
             ],
-            Self::Tool => {
-                &["memory_bytes_max", "table_elements_max", "guest_cpu_ms_max", "output_bytes_max", "payload_bytes_max"]
-            }
+            Self::Tool => &[
+                "memory_bytes_max",
+                "table_elements_max",
+                "stack_bytes_max",
+                "instances_max",
+                "handles_max",
+                "guest_cpu_ms_max",
+                "fuel_max",
+                "output_bytes_max",
+                "payload_bytes_max",
+                "http_calls_max",
+                "http_timeout_ms_max",
+                "http_request_bytes_max",
+                "http_response_bytes_max",
+                "sqlite_steps_max",
+                "sqlite_rows_max",
+                "sqlite_value_bytes_max",
+                "sqlite_database_bytes_max",
+                "folder_files_max",
+                "folder_file_bytes_max",
+                "folder_bytes_max",
+            ],
             Self::Algorithm => &["memory_bytes_max", "table_elements_max", "algorithm_step_cpu_ms_max"],
         }
     }
 }
+
+/// What a grader imports to ask a model. Offered only when it is granted an endpoint.
+const JUDGE: &str = "fulgurite:grader/judge";
 
 /// Interfaces of WASI p2 that every guest finds, all of them cut off from the machine.
 const WASI_INTERFACES: [&str; 27] = [
@@ -172,6 +220,8 @@ pub struct PluginInfo {
     pub imports: Vec<ImportInfo>,
     /// Names of the limits that apply to it.
     pub limits: Vec<&'static str>,
+    /// The capabilities that it asks for.
+    pub manifest: Manifest,
 }
 
 impl PluginInfo {
@@ -200,6 +250,15 @@ pub enum PluginError {
         path: PathBuf,
         /// What it looks like.
         found: &'static str,
+    },
+    /// The engine that it needs cannot be started.
+    #[error("cannot run {path} on this machine")]
+    Engine {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: SandboxError,
     },
     /// A core module.
     #[error("{path} is a core module, not a component; build it for the target wasm32-wasip2: fulgurite build DIR")]
@@ -250,6 +309,36 @@ pub enum PluginError {
         /// The world.
         world: &'static str,
     },
+    /// Its manifest cannot be used.
+    #[error("{path} has a manifest that cannot be used; see `manifest!` of the SDK, or wit/tool/tool.wit")]
+    Manifest {
+        /// The component, or the file beside it.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: InvalidManifest,
+    },
+    /// Its manifest asks for what no plugin of its world gets.
+    #[error("{path} asks for the {what} `{name}`, which no {world} is given{hint}", what = .capability.as_str(), hint = hint(*.capability))]
+    NeverGranted {
+        /// The component.
+        path: PathBuf,
+        /// The world.
+        world: &'static str,
+        /// What.
+        capability: Capability,
+        /// Its name.
+        name: String,
+    },
+    /// Manifest and config do not fit.
+    #[error("{path}")]
+    Grant {
+        /// The component.
+        path: PathBuf,
+        /// What to change.
+        #[source]
+        source: GrantError,
+    },
     /// The names fit and the types do not.
     #[error("{path} does not fit the world {world}; build it again with the matching SDK")]
     Incompatible {
@@ -261,6 +350,13 @@ pub enum PluginError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+}
+
+fn hint(capability: Capability) -> &'static str {
+    match capability {
+        Capability::Folder | Capability::Http | Capability::Sqlite => "; make a tool of what needs it",
+        Capability::Endpoint => "",
+    }
 }
 
 fn article(world: &str) -> &'static str {
@@ -275,7 +371,11 @@ pub(crate) fn incompatible(path: &Path, world: PluginWorld, error: &wasmtime::Er
 /// A compiled component.
 pub(crate) struct Artifact {
     pub(crate) component: Component,
+    /// The engine that it is compiled for.
+    pub(crate) world: Arc<World>,
     pub(crate) hash: ContentHash,
+    pub(crate) manifest: Manifest,
+    imports_judge: bool,
 }
 
 impl Sandbox {
@@ -286,15 +386,41 @@ impl Sandbox {
     /// [`PluginInfo::refused`] and [`PluginInfo::packages`].
     pub fn inspect(&self, path: &Path) -> Result<PluginInfo, PluginError> {
         let bytes = read(path)?;
-        let component = self.compile(path, &bytes)?;
-        Ok(self.describe(path, &bytes, &component))
+        let (component, engine) = self.compile(path, &bytes, None)?;
+        describe(&engine.engine, path, &bytes, &component)
+    }
+
+    /// What the manifest of a component asks for, without compiling it.
+    ///
+    /// # Errors
+    /// When the file is missing, is not a component, or has a manifest that cannot be used.
+    pub fn manifest(&self, path: &Path) -> Result<Manifest, PluginError> {
+        manifest::read(path, &read(path)?)
+    }
+
+    /// Reads, compiles and checks a plugin of the given world, whose place in the config is `plugin`.
+    pub(crate) fn load_granted(
+        &self,
+        path: &Path,
+        world: PluginWorld,
+        plugin: &str,
+        granted: &BTreeSet<(Capability, String)>,
+    ) -> Result<Artifact, PluginError> {
+        let artifact = self.load(path, world)?;
+        let checked = artifact.manifest.compare(plugin, granted);
+        checked.map_err(|source| PluginError::Grant { path: path.to_owned(), source })?;
+        if granted.is_empty() && artifact.imports_judge {
+            let import = format!("{JUDGE}@{WIT_VERSION}");
+            return Err(PluginError::ImportNotOffered { path: path.to_owned(), import, world: world.as_str() });
+        }
+        Ok(artifact)
     }
 
     /// Reads, compiles and checks a plugin of the given world.
     pub(crate) fn load(&self, path: &Path, world: PluginWorld) -> Result<Artifact, PluginError> {
         let bytes = read(path)?;
-        let component = self.compile(path, &bytes)?;
-        let info = self.describe(path, &bytes, &component);
+        let (component, engine) = self.compile(path, &bytes, Some(world))?;
+        let info = describe(&engine.engine, path, &bytes, &component)?;
         // First of all the version: what was built against another one seems to implement nothing.
         for (package, version) in &info.packages {
             if package.starts_with("fulgurite:") && version != WIT_VERSION {
@@ -318,10 +444,25 @@ impl Sandbox {
                 world: world.as_str(),
             });
         }
-        Ok(Artifact { component, hash: info.hash })
+        if let Some((capability, ask)) = never_granted(world, &info.manifest) {
+            return Err(PluginError::NeverGranted {
+                path: path.to_owned(),
+                world: world.as_str(),
+                capability,
+                name: ask.name.clone(),
+            });
+        }
+        let imports_judge = info.imports.iter().any(|import| split(&import.name).0 == JUDGE);
+        Ok(Artifact { component, world: engine, hash: info.hash, manifest: info.manifest, imports_judge })
     }
 
-    fn compile(&self, path: &Path, bytes: &[u8]) -> Result<Component, PluginError> {
+    /// Compiles for the engine that fits.
+    fn compile(
+        &self,
+        path: &Path,
+        bytes: &[u8],
+        world: Option<PluginWorld>,
+    ) -> Result<(Component, Arc<World>), PluginError> {
         match (bytes.get(..4), bytes.get(4..8)) {
             (Some(magic), Some(layer)) if magic == MAGIC && layer == MODULE_LAYER => {
                 return Err(PluginError::CoreModule { path: path.to_owned() });
@@ -329,43 +470,73 @@ impl Sandbox {
             (Some(magic), Some(layer)) if magic == MAGIC && layer == COMPONENT_LAYER => {}
             _ => return Err(PluginError::NotWebAssembly { path: path.to_owned(), found: guess(bytes) }),
         }
-        Component::from_binary(&self.inner.engine, bytes)
-            .map_err(|error| PluginError::Invalid { path: path.to_owned(), source: format!("{error:#}").into() })
+        let profile = match world {
+            Some(PluginWorld::Algorithm) => EngineProfile::LongLived,
+            _ if bytes.len() > SMALL_COMPONENT_BYTES_MAX => EngineProfile::Interpreter,
+            _ => EngineProfile::Small,
+        };
+        let (component, world) = self.compile_for(path, bytes, profile)?;
+        // A component with more than one memory, or a large one, does not fit the small slots.
+        let fits = component.resources_required().is_none_or(|needs| {
+            let bytes = needs.max_initial_memory_size.unwrap_or(0);
+            needs.num_memories <= 1 && needs.num_tables <= 2 && bytes <= world.memory_bytes_max()
+        });
+        if profile == EngineProfile::Small && !fits {
+            return self.compile_for(path, bytes, EngineProfile::Interpreter);
+        }
+        Ok((component, world))
     }
 
-    fn describe(&self, path: &Path, bytes: &[u8], component: &Component) -> PluginInfo {
-        let engine = &self.inner.engine;
-        let types = component.component_type();
-        let exports: Vec<&str> = types.exports(engine).map(|(name, _)| name).collect();
-        let worlds: Vec<PluginWorld> = PluginWorld::ALL
-            .into_iter()
-            .filter(|world| world.exports().iter().all(|name| exports.iter().any(|export| split(export).0 == *name)))
-            .collect();
-        let mut packages = BTreeSet::new();
-        let mut imports = vec![];
-        for (name, item) in types.imports(engine) {
-            note_package(&mut packages, name);
-            if !is_vocabulary(engine, &item.ty) {
-                imports.push(ImportInfo { name: name.to_owned(), offered: offered(&worlds, name) });
-            }
-        }
-        for name in &exports {
-            note_package(&mut packages, name);
-        }
-        let mut limits: Vec<&'static str> = vec![];
-        for world in &worlds {
-            limits.extend(world.limits().iter().filter(|limit| !limits.contains(limit)).copied().collect::<Vec<_>>());
-        }
-        PluginInfo {
-            path: path.to_owned(),
-            hash: ContentHash::of(bytes),
-            size_bytes: bytes.len() as u64,
-            worlds,
-            packages: packages.into_iter().collect(),
-            imports,
-            limits,
+    fn compile_for(
+        &self,
+        path: &Path,
+        bytes: &[u8],
+        profile: EngineProfile,
+    ) -> Result<(Component, Arc<World>), PluginError> {
+        let world = self.world(profile).map_err(|source| PluginError::Engine { path: path.to_owned(), source })?;
+        match Component::from_binary(&world.engine, bytes) {
+            Ok(component) => Ok((component, world)),
+            Err(error) => Err(PluginError::Invalid { path: path.to_owned(), source: format!("{error:#}").into() }),
         }
     }
+}
+
+fn describe(engine: &Engine, path: &Path, bytes: &[u8], component: &Component) -> Result<PluginInfo, PluginError> {
+    let types = component.component_type();
+    let exports: Vec<&str> = types.exports(engine).map(|(name, _)| name).collect();
+    let worlds: Vec<PluginWorld> = PluginWorld::ALL
+        .into_iter()
+        .filter(|world| world.exports().iter().all(|name| exports.iter().any(|export| split(export).0 == *name)))
+        .collect();
+    let mut packages = BTreeSet::new();
+    let mut imports = vec![];
+    for (name, item) in types.imports(engine) {
+        note_package(&mut packages, name);
+        if !is_vocabulary(engine, &item.ty) {
+            imports.push(ImportInfo { name: name.to_owned(), offered: offered(&worlds, name) });
+        }
+    }
+    for name in &exports {
+        note_package(&mut packages, name);
+    }
+    let mut limits: Vec<&'static str> = vec![];
+    for world in &worlds {
+        limits.extend(world.limits().iter().filter(|limit| !limits.contains(limit)).copied().collect::<Vec<_>>());
+    }
+    Ok(PluginInfo {
+        path: path.to_owned(),
+        hash: ContentHash::of(bytes),
+        size_bytes: bytes.len() as u64,
+        worlds,
+        packages: packages.into_iter().collect(),
+        imports,
+        limits,
+        manifest: manifest::read(path, bytes)?,
+    })
+}
+
+fn never_granted(world: PluginWorld, manifest: &Manifest) -> Option<(Capability, &Ask)> {
+    manifest.asks().find(|(capability, _)| !world.capabilities().contains(capability))
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, PluginError> {

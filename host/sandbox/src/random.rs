@@ -9,6 +9,7 @@ use wasmtime_wasi::p2::bindings::random::{insecure, insecure_seed, random};
 
 use crate::fault::Stop;
 use crate::guest::GuestState;
+use crate::tape::SeedSource;
 
 /// The three random sources of WASI, each a stream of its own, so that using one never shifts another.
 #[derive(Debug)]
@@ -17,19 +18,32 @@ pub(crate) struct GuestRandom {
     insecure: ChaCha12Rng,
     insecure_seed: (u64, u64),
     bytes_max: u64,
+    source: SeedSource,
+    seed: Seed,
 }
 
 impl GuestRandom {
     /// `bytes_max` bounds one request.
-    pub(crate) fn new(seed: Seed, bytes_max: u64) -> Self {
-        let seed = seed.child("wasi-random");
+    pub(crate) fn new(source: SeedSource, bytes_max: u64) -> Self {
+        let in_force = source.seed();
+        let seed = in_force.child("wasi-random");
         let hash_seed = seed.child("insecure-seed");
         Self {
             secure: ChaCha12Rng::seed_from_u64(seed.child("secure").value()),
             insecure: ChaCha12Rng::seed_from_u64(seed.child("insecure").value()),
             insecure_seed: (hash_seed.child_index(0).value(), hash_seed.child_index(1).value()),
             bytes_max,
+            source,
+            seed: in_force,
         }
+    }
+
+    /// Where a fork leaves its ancestor, the numbers begin anew.
+    fn follow(&mut self) -> &mut Self {
+        if !self.source.is_fixed() && self.source.seed() != self.seed {
+            *self = Self::new(self.source.clone(), self.bytes_max);
+        }
+        self
     }
 
     fn fill(rng: &mut ChaCha12Rng, length: u64, bytes_max: u64) -> wasmtime::Result<Vec<u8>> {
@@ -45,26 +59,28 @@ impl GuestRandom {
 
 impl<H: Send + 'static> random::Host for GuestState<H> {
     fn get_random_bytes(&mut self, length: u64) -> wasmtime::Result<Vec<u8>> {
-        GuestRandom::fill(&mut self.random.secure, length, self.random.bytes_max)
+        let random = self.random.follow();
+        GuestRandom::fill(&mut random.secure, length, random.bytes_max)
     }
 
     fn get_random_u64(&mut self) -> wasmtime::Result<u64> {
-        Ok(self.random.secure.next_u64())
+        Ok(self.random.follow().secure.next_u64())
     }
 }
 
 impl<H: Send + 'static> insecure::Host for GuestState<H> {
     fn get_insecure_random_bytes(&mut self, length: u64) -> wasmtime::Result<Vec<u8>> {
-        GuestRandom::fill(&mut self.random.insecure, length, self.random.bytes_max)
+        let random = self.random.follow();
+        GuestRandom::fill(&mut random.insecure, length, random.bytes_max)
     }
 
     fn get_insecure_random_u64(&mut self) -> wasmtime::Result<u64> {
-        Ok(self.random.insecure.next_u64())
+        Ok(self.random.follow().insecure.next_u64())
     }
 }
 
 impl<H: Send + 'static> insecure_seed::Host for GuestState<H> {
     fn insecure_seed(&mut self) -> wasmtime::Result<(u64, u64)> {
-        Ok(self.random.insecure_seed)
+        Ok(self.random.follow().insecure_seed)
     }
 }

@@ -61,6 +61,12 @@ impl Templates {
         self.texts.keys().map(String::as_str)
     }
 
+    /// All templates by name.
+    #[must_use]
+    pub fn texts(&self) -> &BTreeMap<String, String> {
+        &self.texts
+    }
+
     /// Renders a template; `None` when there is none of that name.
     pub(crate) fn render(
         &self,

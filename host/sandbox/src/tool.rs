@@ -2,14 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
+use fulgurite_core::host_call::{HostCallLog, NoLog};
 use fulgurite_core::id::ContentHash;
 use fulgurite_core::limits::Limits;
 use fulgurite_core::llm::ToolSpec;
 use fulgurite_core::outcome::{AttemptOutcome, LimitReached, OutcomeKind};
-use fulgurite_core::seed::Seed;
 use fulgurite_core::tool::{ToolError, ToolHost};
+use fulgurite_grants::ToolCapabilities;
 use futures::future::BoxFuture;
 use tokio::sync::{Mutex, OnceCell};
 use wasmtime::Store;
@@ -19,18 +20,21 @@ use crate::bindings::tool::ToolPluginPre;
 use crate::bindings::tool::exports::fulgurite::tool::tool as wit;
 use crate::clock::VirtualClock;
 use crate::convert;
-use crate::engine::Sandbox;
+use crate::engine::{Sandbox, World};
 use crate::fault::{Bounds, During, blamed_on};
-use crate::guest::{self, GuestSetup, GuestState};
+use crate::grants::{ToolData, ToolGuest};
+use crate::guest::{self, GuestSetup};
 use crate::meter::Meter;
 use crate::output::GuestOutput;
 use crate::plugin::{PluginError, PluginWorld, incompatible};
+use crate::tape::SeedSource;
 
 /// A tool's component, compiled.
 pub struct ToolPlugin {
-    sandbox: Sandbox,
-    pre: ToolPluginPre<GuestState<()>>,
+    world: Arc<World>,
+    pre: ToolPluginPre<ToolData>,
     hash: ContentHash,
+    capabilities: Arc<ToolCapabilities>,
 }
 
 impl std::fmt::Debug for ToolPlugin {
@@ -45,45 +49,88 @@ impl Sandbox {
     /// # Errors
     /// As [`Sandbox::load_agent`].
     pub fn load_tool(&self, path: &Path) -> Result<Arc<ToolPlugin>, PluginError> {
-        let artifact = self.load(path, PluginWorld::Tool)?;
-        let pre = self.inner.tools.instantiate_pre(&artifact.component).and_then(ToolPluginPre::new);
+        self.load_granted_tool(path, ToolCapabilities::none("tools.NAME"))
+    }
+
+    /// Loads a tool with what the config grants to it.
+    ///
+    /// # Errors
+    /// As [`Sandbox::load_agent`], and when manifest and grants do not fit.
+    pub fn load_granted_tool(
+        &self,
+        path: &Path,
+        capabilities: ToolCapabilities,
+    ) -> Result<Arc<ToolPlugin>, PluginError> {
+        let artifact = self.load_granted(path, PluginWorld::Tool, capabilities.plugin(), capabilities.granted())?;
+        let pre = artifact.world.tools.instantiate_pre(&artifact.component).and_then(ToolPluginPre::new);
         let pre = pre.map_err(|error| incompatible(path, PluginWorld::Tool, &error))?;
-        Ok(Arc::new(ToolPlugin { sandbox: self.clone(), pre, hash: artifact.hash }))
+        let capabilities = Arc::new(capabilities);
+        Ok(Arc::new(ToolPlugin { world: artifact.world, pre, hash: artifact.hash, capabilities }))
     }
 }
 
 impl ToolPlugin {
+    pub(crate) fn world(&self) -> &Arc<World> {
+        &self.world
+    }
+
     /// Content hash of the component.
     #[must_use]
     pub fn hash(&self) -> ContentHash {
         self.hash
     }
 
-    /// Opens the tool for one attempt. `world` is the item's, JSON text. The instance lives as long as what is returned:
-    /// drop that with the attempt. The tool's clock starts at `start_unix_ns` and moves only when the tool sleeps.
-    ///
-    /// The CPU limit is the tool's own and holds for the whole attempt.
+    /// What it is granted.
+    #[must_use]
+    pub fn capabilities(&self) -> &ToolCapabilities {
+        &self.capabilities
+    }
+
+    /// As [`ToolPlugin::open_recorded`], with nobody who records what the tool does with its grants.
     ///
     /// # Errors
-    /// The attempt's outcome: `tool-fault`, or `host-fault` when the machine could not run the tool.
+    /// As there.
     pub async fn open(
         &self,
         world: String,
-        seed: Seed,
+        seeds: impl Into<SeedSource>,
         limits: &Limits,
         start_unix_ns: u64,
     ) -> Result<Arc<dyn ToolHost>, AttemptOutcome> {
+        self.open_recorded(world, seeds, limits, start_unix_ns, Arc::new(NoLog)).await
+    }
+
+    /// Opens the tool for one attempt. `world` is the item's, JSON text. The instance lives as long as what is returned:
+    /// drop that with the attempt. The tool's clock starts at `start_unix_ns` and moves only when the tool sleeps.
+    ///
+    /// The CPU limit is the tool's own and holds for the whole attempt. `log` is told of what the tool does with its grants,
+    /// and asked before what cannot be done again.
+    ///
+    /// # Errors
+    /// The attempt's outcome: `tool-fault`, or `host-fault` when the machine could not run the tool.
+    pub async fn open_recorded(
+        &self,
+        world: String,
+        seeds: impl Into<SeedSource>,
+        limits: &Limits,
+        start_unix_ns: u64,
+        log: Arc<dyn HostCallLog>,
+    ) -> Result<Arc<dyn ToolHost>, AttemptOutcome> {
+        let seeds = seeds.into();
+        let seed = seeds.seed();
         let meter = Arc::new(Meter::new("guest_cpu_ms_max", limits.guest_cpu_ms_max));
         let output = GuestOutput::new(limits.output_bytes_max, None);
         let setup = GuestSetup {
             limits,
-            seed,
+            seeds,
             clock: Arc::new(VirtualClock::new(start_unix_ns)),
             meter: Arc::clone(&meter),
             output: Arc::clone(&output),
             bounds: guest::attempt_bounds(limits),
         };
-        let mut store = guest::store(&self.sandbox.inner.engine, setup, ());
+        let not_forkable = Arc::new(OnceLock::new());
+        let host = ToolGuest::new(Arc::clone(&self.capabilities), log, limits, seed, Arc::clone(&not_forkable));
+        let mut store = guest::store(&self.world, setup, host)?;
         let opened = meter
             .guest(async {
                 let tool =
@@ -120,6 +167,7 @@ impl ToolPlugin {
         Ok(Arc::new(OpenTool {
             specs: specs.into_iter().map(convert::tool_spec_from_wit).collect(),
             meter,
+            not_forkable,
             state: Mutex::new(ToolState::Idle(Box::new(instance))),
         }))
     }
@@ -127,7 +175,7 @@ impl ToolPlugin {
 
 /// A live instance of a tool.
 struct Instance {
-    store: Store<GuestState<()>>,
+    store: Store<ToolData>,
     calls: wit::Guest,
     session: ResourceAny,
     bounds: Bounds,
@@ -184,6 +232,7 @@ enum ToolState {
 struct OpenTool {
     specs: Vec<ToolSpec>,
     meter: Arc<Meter>,
+    not_forkable: Arc<OnceLock<String>>,
     state: Mutex<ToolState>,
 }
 
@@ -233,6 +282,10 @@ impl ToolHost for OpenTool {
 
     fn guest_cpu_us(&self) -> u64 {
         self.meter.used_us()
+    }
+
+    fn not_forkable(&self) -> Option<String> {
+        self.not_forkable.get().cloned()
     }
 }
 
@@ -297,5 +350,9 @@ impl ToolHost for ToolSet {
 
     fn guest_cpu_us(&self) -> u64 {
         self.hosts.iter().map(|host| host.guest_cpu_us()).fold(0, u64::saturating_add)
+    }
+
+    fn not_forkable(&self) -> Option<String> {
+        self.hosts.iter().find_map(|host| host.not_forkable())
     }
 }

@@ -60,6 +60,7 @@ fn transition(id: &str) -> TransitionView {
     TransitionView {
         id: TransitionId(id.to_owned()),
         call_index: 0,
+        event: 0,
         agent_role: "agent".to_owned(),
         prompt_tokens: 10,
         completion_tokens: 2,

@@ -136,7 +136,7 @@ fn limits_are_named_as_in_the_config() {
 fn compiled_code_is_kept_in_a_private_folder_and_found_again() {
     let dir = tempfile::tempdir().unwrap();
     let cache = dir.path().join("cache");
-    let settings = SandboxSettings { cache_dir: Some(cache.clone()) };
+    let settings = SandboxSettings { cache_dir: Some(cache.clone()), ..SandboxSettings::default() };
     Sandbox::new(settings.clone()).unwrap().load_tool(&guest("nasty_tool")).unwrap();
     let files = || walk(&cache);
     let before = files();

@@ -6,7 +6,7 @@ mod support;
 
 use std::time::Instant;
 
-use fulgurite_core::limits::{Limits, STACK_BYTES_MAX};
+use fulgurite_core::limits::Limits;
 use fulgurite_core::outcome::{AttemptOutcome, OutcomeKind};
 use fulgurite_core::reward::RewardSource;
 use fulgurite_core::seed::Seed;
@@ -69,13 +69,13 @@ async fn tables_are_limited() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn deep_recursion() {
     let (_, report) = behaviour(Limits::default(), "recursion").await;
-    assert_ended(&report, OutcomeKind::StackLimit, limit("stack_bytes_max", STACK_BYTES_MAX as u64));
+    assert_ended(&report, OutcomeKind::StackLimit, limit("stack_bytes_max", Limits::default().stack_bytes_max));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn huge_strings() {
     let limits = Limits { payload_bytes_max: 1 << 20, ..Limits::default() };
-    let huge = |bytes: u64| json!({"behaviour": "huge-string", "bytes": bytes});
+    let huge = |bytes: u64| json!({"behaviour": "huge-string", "size": bytes});
     let attempt = Attempt { limits, ..Attempt::new("nasty") };
     let (attempt, report) = beside_healthy(attempt, huge(2 << 20)).await;
     assert_ended(&report, OutcomeKind::OutputLimit, limit("payload_bytes_max", 1 << 20));
@@ -110,9 +110,11 @@ async fn output_flood() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn handle_flood() {
+    let (_, report) = behaviour(Limits::default(), "handle-flood").await;
+    assert_ended(&report, OutcomeKind::MemoryLimit, limit("handles_max", 16_384));
     let limits = Limits { spans_max: 100_000, llm_calls_max: 100_000, ..Limits::default() };
-    let (_, report) = behaviour(limits, "handle-flood").await;
-    assert_ended(&report, OutcomeKind::MemoryLimit, limit("resources_max", 16_384));
+    let (_, report) = behaviour(limits, "call-flood").await;
+    assert_ended(&report, OutcomeKind::MemoryLimit, limit("handles_max", 16_384));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -181,10 +183,11 @@ async fn grade(world: &str, limits: &Limits) -> Result<GradeReport, AttemptOutco
             world: json!(world).to_string(),
             reference: "null".to_owned(),
             outcome: &outcome,
-            spans: &[],
+            spans: [&[], &[]],
             seed: Seed::new(1),
             limits,
             start_unix_ns: START_NS,
+            judge: None,
         })
         .await
 }
@@ -224,10 +227,11 @@ async fn a_grader_sees_the_item_and_the_trajectory() {
             world: json!("show").to_string(),
             reference: json!({"best": "R7"}).to_string(),
             outcome: &report.outcome,
-            spans: &attempt.kept.spans(),
+            spans: [&attempt.kept.spans(), &[]],
             seed: Seed::new(1),
             limits: &Limits::default(),
             start_unix_ns: START_NS,
+            judge: None,
         })
         .await
         .unwrap();

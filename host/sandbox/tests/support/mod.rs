@@ -75,6 +75,8 @@ pub struct Scripted {
     pub busy_ms: u64,
     /// Never answers.
     pub silent: bool,
+    /// What it answers instead.
+    pub answer: Option<String>,
 }
 
 pub fn completion(call_index: u64, text: &str) -> Completion {
@@ -96,10 +98,15 @@ pub fn completion(call_index: u64, text: &str) -> Completion {
 }
 
 impl LlmSession for Scripted {
-    fn chat(&self, call_index: u64, request: ChatRequest) -> BoxFuture<'static, Result<Completion, LlmError>> {
+    fn chat(
+        &self,
+        call_index: u64,
+        request: Arc<ChatRequest>,
+    ) -> BoxFuture<'static, Result<Arc<Completion>, LlmError>> {
         let last = request.messages.last().map(|message| message.content.clone()).unwrap_or_default();
-        self.asked.lock().unwrap().push((call_index, request));
+        self.asked.lock().unwrap().push((call_index, request.as_ref().clone()));
         let failure = self.fails.clone().filter(|(from, _)| call_index >= *from).map(|(_, error)| error);
+        let answer = self.answer.clone().unwrap_or_else(|| format!("answer to: {last}"));
         let (busy, silent) = (std::time::Duration::from_millis(self.busy_ms), self.silent);
         Box::pin(async move {
             if silent {
@@ -115,7 +122,7 @@ impl LlmSession for Scripted {
                     tokio::task::yield_now().await;
                 }
             }
-            failure.map_or_else(|| Ok(completion(call_index, &format!("answer to: {last}"))), Err)
+            failure.map_or_else(|| Ok(Arc::new(completion(call_index, &answer))), Err)
         })
     }
 }
@@ -158,13 +165,14 @@ impl Attempt {
             key: key(&self.name),
             seed: self.seed,
             mode: RolloutMode::Train,
-            input: input.to_string(),
-            limits: self.limits.clone(),
+            input: input.to_string().into(),
+            limits: Arc::new(self.limits.clone()),
             llm: Arc::clone(&self.llm) as Arc<dyn LlmSession>,
             tools: self.tools.clone(),
             templates: Arc::clone(&self.templates),
             recorder: Arc::clone(&self.recorder),
             start_unix_ns: START_NS,
+            heartbeat: None,
         }
     }
 
