@@ -12,6 +12,8 @@ pub struct Transition {
     pub id: TransitionId,
     /// Which call of the attempt, from 0.
     pub call_index: u64,
+    /// Number of the event that the call is in its attempt; 0 for demonstrations.
+    pub event: u64,
     /// Which agent asked.
     pub agent_role: String,
     /// What the model saw and drew; `None` when that is not known. Of a demonstration: what stands before the first
@@ -60,6 +62,7 @@ impl Transition {
         Self {
             id,
             call_index: 0,
+            event: 0,
             agent_role: String::new(),
             tokens: Some(tokens),
             mask,
@@ -132,6 +135,7 @@ impl Transition {
         Self {
             id: TransitionId(ResponseId::of_call(&span.attempt, call.call_index).0),
             call_index: call.call_index,
+            event: span.sequence,
             agent_role: call.agent_role.clone(),
             tokens,
             mask: vec![],

@@ -40,7 +40,7 @@ fn span(call_index: u64, agent_role: &str, result: Result<Completion, LlmError>)
             sampling: Sampling::default(),
             agent_role: agent_role.to_owned(),
             endpoint: None,
-            result,
+            result: result.map(std::sync::Arc::new),
         })),
     }
 }
@@ -316,7 +316,7 @@ fn a_call_whose_numbers_do_not_fit_cannot_be_trained_on() {
     };
     let log_probs = |list: Vec<f32>| {
         move |call: &mut LlmCall| {
-            call.result.as_mut().unwrap().tokens.as_mut().unwrap().log_probs.clone_from(&list);
+            Arc::make_mut(call.result.as_mut().unwrap()).tokens.as_mut().unwrap().log_probs.clone_from(&list);
         }
     };
     assert!(with(&|_| {}).is_trainable());
@@ -327,7 +327,7 @@ fn a_call_whose_numbers_do_not_fit_cannot_be_trained_on() {
     }
     let elsewhere = with(&|call| call.endpoint = Some("judge".to_owned()));
     assert_eq!(elsewhere.not_trainable, Some(NotTrainable::OtherEndpoint));
-    let scripted = with(&|call| call.result.as_mut().unwrap().tokens = None);
+    let scripted = with(&|call| Arc::make_mut(call.result.as_mut().unwrap()).tokens = None);
     assert_eq!(scripted.not_trainable, Some(NotTrainable::NoTokenIds));
 }
 

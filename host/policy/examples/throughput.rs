@@ -90,7 +90,13 @@ async fn decode(engine: &PolicyEngine, batch: u64, round: u64) -> Result<(), Box
         let rollout = RolloutId::derived("bench", round, index)?;
         let attempt = AttemptKey { rollout, attempt: AttemptNumber::FIRST };
         let seed = Seed::new(round).child_index(index);
-        sessions.push(backend.open(SessionInfo { attempt, item_id: "item".into(), seed, sampling: sampling.clone() }));
+        sessions.push(backend.open(SessionInfo {
+            attempt,
+            item_id: "item".into(),
+            seed,
+            sampling: sampling.clone(),
+            history: vec![],
+        }));
     }
     // Ragged prompts, each different from the others.
     let calls = (0_u64..).zip(&sessions).map(|(index, session)| {
@@ -106,7 +112,7 @@ async fn decode(engine: &PolicyEngine, batch: u64, round: u64) -> Result<(), Box
             agent_role: "agent".to_owned(),
             endpoint: None,
         };
-        session.chat(0, request)
+        session.chat(0, std::sync::Arc::new(request))
     });
     futures::future::try_join_all(calls).await?;
     Ok(())

@@ -29,12 +29,13 @@ pub(crate) struct PolicyBackend {
 impl LlmBackend for PolicyBackend {
     fn open(&self, info: SessionInfo) -> Box<dyn LlmSession> {
         let id = self.generator.scheduler.open_session();
+        let history = info.history.iter().filter_map(|completion| Recorded::of(completion)).collect();
         let session = Session {
             id,
             generator: self.generator.clone(),
             tokenizer: self.tokenizer.clone(),
             info,
-            history: Mutex::default(),
+            history: Mutex::new(history),
             cache: Arc::default(),
         };
         Box::new(OpenSession(Arc::new(session)))
@@ -55,9 +56,13 @@ impl Drop for OpenSession {
 }
 
 impl LlmSession for OpenSession {
-    fn chat(&self, call_index: u64, request: ChatRequest) -> BoxFuture<'static, Result<Completion, LlmError>> {
+    fn chat(
+        &self,
+        call_index: u64,
+        request: Arc<ChatRequest>,
+    ) -> BoxFuture<'static, Result<Arc<Completion>, LlmError>> {
         let session = self.0.clone();
-        Box::pin(async move { session.answer(call_index, request).await })
+        Box::pin(async move { session.answer(call_index, request).await.map(Arc::new) })
     }
 }
 
@@ -80,6 +85,16 @@ struct Recorded {
 }
 
 impl Recorded {
+    /// What can be spliced of a completion that this session has not made.
+    fn of(completion: &Completion) -> Option<Self> {
+        Some(Self {
+            response_id: completion.response_id.clone(),
+            text: completion.text.clone(),
+            tool_calls: completion.tool_calls.clone(),
+            ids: completion.tokens.as_ref()?.completion_ids.clone(),
+        })
+    }
+
     /// Whether a message without response id says the same.
     fn equals(&self, message: &Message) -> bool {
         self.text == message.content
@@ -148,14 +163,14 @@ fn check(sampling: &Sampling) -> Result<(), LlmError> {
 }
 
 impl Session {
-    async fn answer(&self, call_index: u64, request: ChatRequest) -> Result<Completion, LlmError> {
-        if let Some(endpoint) = request.endpoint.filter(|endpoint| endpoint != "policy") {
-            return Err(LlmError::UnknownEndpoint(endpoint));
+    async fn answer(&self, call_index: u64, request: Arc<ChatRequest>) -> Result<Completion, LlmError> {
+        if let Some(endpoint) = request.endpoint.as_ref().filter(|endpoint| *endpoint != "policy") {
+            return Err(LlmError::UnknownEndpoint(endpoint.clone()));
         }
         if request.messages.is_empty() {
             return Err(LlmError::InvalidRequest("`messages` is empty".to_owned()));
         }
-        let sampling = resolve(&self.info.sampling, request.sampling);
+        let sampling = resolve(&self.info.sampling, request.sampling.clone());
         check(&sampling)?;
         let prompt = self.encode(&request.messages, &request.tools)?;
         let seed = match sampling.seed {

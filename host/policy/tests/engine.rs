@@ -4,6 +4,8 @@
 
 use std::collections::BTreeSet;
 
+use std::sync::Arc;
+
 use fulgurite_core::id::{AttemptKey, AttemptNumber, PolicyVersion, RolloutId};
 use fulgurite_core::llm::{
     ChatRequest, Completion, Constraint, FinishReason, LlmError, LlmSession, Message, NotTrainable, Role, Sampling,
@@ -38,15 +40,15 @@ fn engine() -> PolicyEngine {
 fn info(index: u64, sampling: Sampling) -> SessionInfo {
     let rollout = RolloutId::derived("test", 0, index).unwrap();
     let attempt = AttemptKey { rollout, attempt: AttemptNumber::FIRST };
-    SessionInfo { attempt, item_id: "item".into(), seed: Seed::new(77).child_index(index), sampling }
+    SessionInfo { attempt, item_id: "item".into(), seed: Seed::new(77).child_index(index), sampling, history: vec![] }
 }
 
 fn open(engine: &PolicyEngine, index: u64) -> Box<dyn LlmSession> {
     engine.backend().open(info(index, Sampling::default()))
 }
 
-fn request(messages: Vec<Message>, sampling: Sampling) -> ChatRequest {
-    ChatRequest { messages, tools: vec![], sampling, agent_role: "agent".into(), endpoint: None }
+fn request(messages: Vec<Message>, sampling: Sampling) -> Arc<ChatRequest> {
+    Arc::new(ChatRequest { messages, tools: vec![], sampling, agent_role: "agent".into(), endpoint: None })
 }
 
 fn up_to(max_tokens: u32) -> Sampling {
@@ -81,7 +83,11 @@ fn step(learning_rate: f64) -> OptimiserStep {
     OptimiserStep { learning_rate, weight_decay: 0.0, gradient_norm_max: Some(1.0) }
 }
 
-async fn sample(engine: &PolicyEngine, indices: impl Iterator<Item = u64>, sampling: &Sampling) -> Vec<Completion> {
+async fn sample(
+    engine: &PolicyEngine,
+    indices: impl Iterator<Item = u64>,
+    sampling: &Sampling,
+) -> Vec<Arc<Completion>> {
     let sessions: Vec<_> = indices.map(|index| (index, open(engine, index))).collect();
     let calls = sessions.iter().map(|(index, session)| session.chat(0, request(prompt(*index), sampling.clone())));
     try_join_all(calls).await.unwrap()
@@ -168,8 +174,9 @@ async fn a_later_prompt_extends_the_earlier_call_token_by_token() {
         let mut known: Vec<u32> = vec![];
         for call in 0..3 {
             let call = call + if with_response_id { 0 } else { 10 };
-            let completion = session.chat(call, request(messages.clone(), up_to(9))).await.unwrap();
-            let tokens = completion.tokens.unwrap();
+            let completion =
+                Arc::unwrap_or_clone(session.chat(call, request(messages.clone(), up_to(9))).await.unwrap());
+            let tokens = completion.tokens.clone().unwrap();
             assert!(tokens.prompt_ids.starts_with(&known), "call {call}");
             assert!(tokens.prompt_ids.len() > known.len());
             known = [tokens.prompt_ids, tokens.completion_ids].concat();
@@ -180,10 +187,10 @@ async fn a_later_prompt_extends_the_earlier_call_token_by_token() {
         }
         assert!(engine.statistics().reused_tokens > 0);
         // The same call without anything kept from earlier ones gives the same tokens.
-        let last = session.chat(30, request(messages.clone(), up_to(9))).await.unwrap();
+        let last = Arc::unwrap_or_clone(session.chat(30, request(messages.clone(), up_to(9))).await.unwrap());
         let cold = engine_with(&PolicyConfig { kv_cache_bytes_max: 0, ..config() });
-        let fresh = open(&cold, 1).chat(30, request(messages, up_to(9))).await.unwrap();
-        let (last, fresh) = (last.tokens.unwrap(), fresh.tokens.unwrap());
+        let fresh = Arc::unwrap_or_clone(open(&cold, 1).chat(30, request(messages, up_to(9))).await.unwrap());
+        let (last, fresh) = (last.tokens.clone().unwrap(), fresh.tokens.unwrap());
         if last.prompt_ids == fresh.prompt_ids {
             assert_eq!((last.completion_ids, last.log_probs), (fresh.completion_ids, fresh.log_probs));
         }
@@ -198,7 +205,8 @@ async fn a_kept_cache_gives_the_bits_of_a_cold_start() {
         let mut messages = prompt(2);
         let mut all = vec![];
         for call in 0..4 {
-            let completion = session.chat(call, request(messages.clone(), up_to(7))).await.unwrap();
+            let completion =
+                Arc::unwrap_or_clone(session.chat(call, request(messages.clone(), up_to(7))).await.unwrap());
             let mut answer = Message::text(Role::Assistant, completion.text.clone());
             answer.response_id = Some(completion.response_id.clone());
             messages.extend([answer, Message::text(Role::User, "again")]);
@@ -275,7 +283,7 @@ async fn calls_in_flight_end_on_their_weights_and_later_ones_start_on_the_new() 
     assert_eq!(calls.await.unwrap(), expected);
     let later = sessions[0].chat(1, request(prompt(0), up_to(3)));
     drop(sessions);
-    assert_eq!(later.await.unwrap().tokens.unwrap().policy_version, PolicyVersion(1));
+    assert_eq!(later.await.unwrap().tokens.clone().unwrap().policy_version, PolicyVersion(1));
 }
 
 #[tokio::test]
@@ -293,7 +301,7 @@ async fn completions_end_where_the_request_says() {
     let long = ask(0, up_to(5)).await.unwrap();
     assert_eq!((long.finish_reason, long.usage.completion_tokens), (FinishReason::Length, 5));
     let full = ask(0, Sampling::default()).await.unwrap();
-    let tokens = full.tokens.unwrap();
+    let tokens = full.tokens.clone().unwrap();
     if full.finish_reason == FinishReason::ContextLength {
         assert_eq!(tokens.prompt_ids.len() + tokens.completion_ids.len(), engine.context_tokens_max());
     }
@@ -311,9 +319,9 @@ async fn completions_end_where_the_request_says() {
     assert_eq!(seeded.text, ask(4, Sampling { seed: Some(9), ..up_to(8) }).await.unwrap().text);
     let truncated = ask(5, Sampling { top_k: 3, ..up_to(8) }).await.unwrap();
     assert_eq!(truncated.not_trainable, Some(NotTrainable::TruncatedSampling));
-    assert_eq!(truncated.tokens.unwrap().processed_log_probs.len(), 8);
+    assert_eq!(truncated.tokens.clone().unwrap().processed_log_probs.len(), 8);
     let plain = ask(6, up_to(8)).await.unwrap();
-    assert_eq!((plain.not_trainable, plain.tokens.unwrap().processed_log_probs.len()), (None, 0));
+    assert_eq!((plain.not_trainable.clone(), plain.tokens.clone().unwrap().processed_log_probs.len()), (None, 0));
 }
 
 #[tokio::test]
@@ -321,7 +329,7 @@ async fn the_session_fills_defaults_and_an_evaluation_decides_the_temperature() 
     let engine = engine();
     let session = engine.backend().open(info(0, Sampling { temperature: 0.0, ..up_to(4) }));
     let asked = Sampling { temperature: 0.9, ..Sampling::default() };
-    let completion = session.chat(0, request(prompt(0), asked)).await.unwrap();
+    let completion = Arc::unwrap_or_clone(session.chat(0, request(prompt(0), asked)).await.unwrap());
     assert_eq!(completion.usage.completion_tokens, 4);
     assert_eq!(completion.not_trainable, Some(NotTrainable::TruncatedSampling), "greedy");
 }
@@ -332,7 +340,7 @@ async fn requests_that_cannot_be_served_are_typed_errors() {
     let session = open(&engine, 0);
     let with = |change: &dyn Fn(&mut ChatRequest)| {
         let mut request = request(prompt(0), up_to(3));
-        change(&mut request);
+        change(Arc::make_mut(&mut request));
         session.chat(0, request)
     };
     let invalid = |error: LlmError| matches!(error, LlmError::InvalidRequest(_));
@@ -392,7 +400,8 @@ async fn demonstrations_are_learned_and_then_drawn() {
     let session = engine.backend().open(info(0, Sampling { temperature: 0.0, ..Sampling::default() }));
     for index in 0..16_u64 {
         let messages = vec![Message::text(Role::User, format!("room for {index}"))];
-        let completion = session.chat(index, request(messages, Sampling::default())).await.unwrap();
+        let completion =
+            Arc::unwrap_or_clone(session.chat(index, request(messages, Sampling::default())).await.unwrap());
         assert_eq!(
             (completion.text, completion.finish_reason),
             (format!("R{:02}", (index * 5) % 12), FinishReason::Stop)
