@@ -5,10 +5,20 @@
 //! rollout that the store knows as finished is answered from the store and not run again: that is what makes a repeated
 //! step of a training run cheap and safe.
 
+mod attempt;
 mod commit;
+pub mod control;
+pub mod fork;
+mod gate;
+mod grants;
+pub mod replay;
 pub mod run;
 pub mod scripted;
+mod settings;
 mod templates;
+mod watchdog;
 
-pub use run::{Batch, Job, Plugins, RolloutResult, Runner, RunnerError, RunnerSettings};
+pub use grants::{Endpoints, RunnerGrants};
+pub use run::{Batch, Runner};
+pub use settings::{Job, Plugins, Recording, RetryPolicy, RolloutResult, RunnerError, RunnerSettings};
 pub use templates::JinjaRenderer;

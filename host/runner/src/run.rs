@@ -1,103 +1,26 @@
-//! The rollout loop.
+//! The rollout loop: claim, run, record, try again.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use fulgurite_core::dataset::DatasetItem;
-use fulgurite_core::id::ContentHash;
-use fulgurite_core::limits::Limits;
+use fulgurite_core::id::{AttemptKey, AttemptNumber, ContentHash, RolloutId};
 use fulgurite_core::llm::{LlmBackend, LlmSession, SessionInfo};
-use fulgurite_core::outcome::{AttemptOutcome, Blame, OutcomeKind};
-use fulgurite_core::record::{AttemptRecord, RolloutSpec};
-use fulgurite_core::reward::{DEFAULT_DIMENSION, Reward, RewardSource};
-use fulgurite_core::seed::Seed;
-use fulgurite_core::span::{Span, SpanBody, SpanRefused, SpanSink, SpanStatus};
+use fulgurite_core::outcome::{AttemptOutcome, OutcomeKind};
+use fulgurite_core::record::{AttemptRecord, WorkerRecord};
 use fulgurite_core::state::{AttemptState, RolloutState};
-use fulgurite_core::tool::ToolHost;
-use fulgurite_sandbox::{AgentPlugin, AgentRun, GradeRun, GraderPlugin, Recorder, Templates, ToolPlugin, ToolSet};
+use fulgurite_sandbox::{Admission, Gatekeeper, Tape};
 use fulgurite_store::{AttemptFinish, Enqueued, RolloutStore, StoreError};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 
+use crate::attempt::{Attempt, Ran};
 use crate::commit::Committer;
-
-/// The components of a run.
-#[derive(Debug, Clone)]
-pub struct Plugins {
-    /// The agent.
-    pub agent: Arc<AgentPlugin>,
-    /// The grader, when there is one.
-    pub grader: Option<Arc<GraderPlugin>>,
-    /// Tools by name, in the order in which agents see them.
-    pub tools: BTreeMap<String, Arc<ToolPlugin>>,
-}
-
-impl Plugins {
-    /// Content hashes in the order agent, grader, tools: what a rollout pins.
-    #[must_use]
-    pub fn hashes(&self) -> Vec<ContentHash> {
-        let mut hashes = vec![self.agent.hash()];
-        hashes.extend(self.grader.iter().map(|grader| grader.hash()));
-        hashes.extend(self.tools.values().map(|tool| tool.hash()));
-        hashes
-    }
-}
-
-/// Settings of a runner.
-#[derive(Debug, Clone)]
-pub struct RunnerSettings {
-    /// Attempts alive at once.
-    pub live_max: usize,
-    /// Attempts of one rollout, the first included.
-    pub attempts_max: u32,
-    /// Limits of every sandbox.
-    pub limits: Limits,
-    /// Reward that the host adds for an outcome blamed on the policy; 0 where not named.
-    pub outcome_reward: BTreeMap<OutcomeKind, f64>,
-    /// Prompt templates.
-    pub templates: Arc<Templates>,
-}
-
-/// One rollout to run.
-#[derive(Debug, Clone)]
-pub struct Job {
-    /// What is asked for; durable before it starts.
-    pub spec: RolloutSpec,
-    /// The item.
-    pub item: Arc<DatasetItem>,
-}
-
-/// A finished rollout.
-#[derive(Debug, Clone)]
-pub struct RolloutResult {
-    /// What was asked for.
-    pub spec: RolloutSpec,
-    /// The attempt that counts: the last one.
-    pub attempt: AttemptRecord,
-    /// How it ended.
-    pub outcome: AttemptOutcome,
-    /// Spans of that attempt in the order of their sequence.
-    pub spans: Arc<Vec<Span>>,
-}
-
-impl RolloutResult {
-    /// Whether it counts in baselines and losses.
-    #[must_use]
-    pub fn is_graded(&self) -> bool {
-        self.outcome.kind.is_graded()
-    }
-}
-
-/// Why the runner gave up on a batch. A failing guest is never an error: it is an outcome.
-#[derive(Debug, thiserror::Error)]
-pub enum RunnerError {
-    /// The store failed.
-    #[error("the store failed")]
-    Store(#[from] StoreError),
-    /// The runner's own code failed.
-    #[error("a rollout's worker ended without a result")]
-    WorkerLost,
-}
+use crate::control;
+use crate::fork;
+use crate::gate::{Gate, Pass, Priority};
+use crate::settings::{Conditions, Job, Plugins, Recording, RolloutResult, RunnerError, RunnerSettings};
+use crate::watchdog::Watchdog;
 
 /// Runs rollouts. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -105,18 +28,26 @@ pub struct Runner {
     shared: Arc<Shared>,
 }
 
-struct Shared {
-    store: Arc<dyn RolloutStore>,
-    plugins: Plugins,
+pub(crate) struct Shared {
+    pub(crate) store: Arc<dyn RolloutStore>,
+    conditions: Conditions,
+    execution: ContentHash,
     settings: RunnerSettings,
-    live: Arc<Semaphore>,
+    gate: Arc<Gate>,
+    gatekeeper: Gatekeeper,
     committer: Committer,
+    watchdog: Arc<Watchdog>,
+    draining: watch::Sender<bool>,
+    /// What the store has already been given to keep.
+    kept: Mutex<BTreeSet<ContentHash>>,
+    /// Attempts begun.
+    begun: AtomicU64,
 }
 
 impl std::fmt::Debug for Shared {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Shared")
-            .field("plugins", &self.plugins)
+            .field("conditions", &self.conditions)
             .field("settings", &self.settings)
             .finish_non_exhaustive()
     }
@@ -140,6 +71,7 @@ pub struct Batch {
     results: mpsc::Receiver<(usize, Result<RolloutResult, RunnerError>)>,
     order: watch::Sender<Order>,
     expected: usize,
+    draining: watch::Receiver<bool>,
 }
 
 impl Batch {
@@ -152,22 +84,24 @@ impl Batch {
     /// Waits for the next rollout to end; `None` when all have. The number is the job's place in the submitted list.
     ///
     /// # Errors
-    /// When the store failed.
+    /// When the store failed, or the runner was drained before all rollouts had begun.
     pub async fn next(&mut self) -> Option<Result<(usize, RolloutResult), RunnerError>> {
         if self.expected == 0 {
             return None;
         }
+        let Some((place, result)) = self.results.recv().await else {
+            self.expected = 0;
+            let drained = *self.draining.borrow();
+            return Some(Err(if drained { RunnerError::Draining } else { RunnerError::WorkerLost }));
+        };
         self.expected -= 1;
-        match self.results.recv().await {
-            Some((place, result)) => Some(result.map(|result| (place, result))),
-            None => Some(Err(RunnerError::WorkerLost)),
-        }
+        Some(result.map(|result| (place, result)))
     }
 
     /// Waits for all; results come in the order of the jobs.
     ///
     /// # Errors
-    /// When the store failed.
+    /// As [`Batch::next`].
     pub async fn all(mut self) -> Result<Vec<RolloutResult>, RunnerError> {
         let mut results = BTreeMap::new();
         while let Some(next) = self.next().await {
@@ -197,11 +131,34 @@ impl Drop for Batch {
 
 impl Runner {
     /// Starts a runner. Must be called inside a tokio runtime.
-    #[must_use]
-    pub fn new(store: Arc<dyn RolloutStore>, plugins: Plugins, settings: RunnerSettings) -> Self {
-        let live = Arc::new(Semaphore::new(settings.live_max));
+    ///
+    /// # Errors
+    /// When not even one attempt fits on this machine.
+    pub fn new(store: Arc<dyn RolloutStore>, plugins: Plugins, settings: RunnerSettings) -> Result<Self, RunnerError> {
+        let gatekeeper = Gatekeeper::new(&plugins.agent, plugins.tools.values().map(AsRef::as_ref))
+            .map_err(|fault| RunnerError::TooLarge(fault.detail))?;
+        let gate = Gate::new(settings.live_max.min(gatekeeper.attempts_max()));
         let committer = Committer::start(Arc::clone(&store));
-        Self { shared: Arc::new(Shared { store, plugins, settings, live, committer }) }
+        let conditions = Conditions::new(plugins, &settings);
+        let execution = ContentHash::of(&conditions.record().to_bytes());
+        let watchdog = Watchdog::start();
+        let (draining, _) = watch::channel(false);
+        let shared = Shared {
+            store,
+            conditions,
+            execution,
+            settings,
+            gate,
+            gatekeeper,
+            committer,
+            watchdog,
+            draining,
+            kept: Mutex::default(),
+            begun: AtomicU64::new(0),
+        };
+        let runner = Self { shared: Arc::new(shared) };
+        tokio::spawn(keep_house(Arc::downgrade(&runner.shared)));
+        Ok(runner)
     }
 
     /// The store that the runner writes to.
@@ -213,70 +170,120 @@ impl Runner {
     /// The components that the runner runs.
     #[must_use]
     pub fn plugins(&self) -> &Plugins {
-        &self.shared.plugins
+        &self.shared.conditions.plugins
     }
 
-    /// Enqueues jobs durably and starts them in order, as live slots get free. A job whose rollout the store knows as
-    /// finished is answered from the store.
+    /// Content hash of the conditions under which this runner runs: what a rollout pins.
+    #[must_use]
+    pub fn execution_hash(&self) -> ContentHash {
+        self.shared.execution
+    }
+
+    /// Attempts that may be alive at once: what the settings say, or what the machine bears if that is less.
+    #[must_use]
+    pub fn live_max(&self) -> usize {
+        self.shared.settings.live_max.min(self.shared.gatekeeper.attempts_max())
+    }
+
+    /// Attempts that are alive.
+    #[must_use]
+    pub fn live(&self) -> usize {
+        self.shared.watchdog.live()
+    }
+
+    /// Cancels one rollout, live or queued. Says whether there was anything to cancel.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub fn cancel(&self, rollout: &RolloutId) -> Result<bool, RunnerError> {
+        self.shared.cancel(rollout)
+    }
+
+    /// Cancels all live rollouts and begins no others. Says how many lived.
+    #[must_use]
+    pub fn cancel_all(&self) -> usize {
+        self.shared.draining.send_replace(true);
+        self.shared.watchdog.cancel_all()
+    }
+
+    /// Begins no more rollouts; those that live go on to their end and are recorded. What had not begun stays queued.
+    pub fn drain(&self) {
+        self.shared.draining.send_replace(true);
+    }
+
+    /// Enqueues jobs durably and starts them in order, as live slots get free; evaluations come before training. A job
+    /// whose rollout the store knows as finished is answered from the store.
+    ///
+    /// The queue is the list of jobs itself: nothing of a job but its spec is held before it starts.
     ///
     /// # Errors
     /// When the store refuses: it fails, or knows a rollout of that id with another spec.
     pub async fn submit(&self, jobs: Vec<Job>, backend: Arc<dyn LlmBackend>) -> Result<Batch, RunnerError> {
-        let store = Arc::clone(&self.shared.store);
-        let specs: Vec<_> = jobs.iter().map(|job| job.spec.clone()).collect();
-        let enqueued = tokio::task::spawn_blocking(move || store.enqueue(specs)).await;
-        let enqueued = enqueued.map_err(|_| RunnerError::WorkerLost)??;
+        let enqueued = self.enqueue(&jobs).await?;
         let expected = jobs.len();
         // As large as the batch, so that no worker ever waits for a slow reader.
         let (send, results) = mpsc::channel(expected.max(1));
         let (order, orders) = watch::channel(Order::Go);
         let shared = Arc::clone(&self.shared);
+        let backend = shared.conditions.grants.route(backend);
+        let draining = self.shared.draining.subscribe();
+        let batch = Batch { results, order, expected, draining: draining.clone() };
         tokio::spawn(async move {
             let mut ready: Vec<Worker> = vec![];
-            for (place, (job, enqueued)) in jobs.into_iter().zip(enqueued).enumerate() {
+            let mut enqueued = enqueued.into_iter();
+            for (place, job) in jobs.into_iter().enumerate() {
+                let existing = enqueued.next().and_then(|enqueued| match enqueued {
+                    Enqueued::Existing(record) => Some(record.state),
+                    Enqueued::New(_) => None,
+                });
                 // Sessions are opened before any attempt of the same wave starts: a deterministic engine waits for all
                 // open sessions, so the first round then holds the whole wave instead of whoever came first.
-                let permit = if let Ok(permit) = Arc::clone(&shared.live).try_acquire_owned() {
-                    permit
+                let Some(live) = shared.enter(&job, &mut ready, draining.clone(), orders.clone()).await else { break };
+                let begun = if existing.is_some_and(RolloutState::is_terminal) {
+                    Begun::Recorded
                 } else {
-                    Worker::spawn_all(&mut ready);
-                    let Ok(permit) = Arc::clone(&shared.live).acquire_owned().await else { break };
-                    permit
+                    shared.begin(&*backend, &job)
                 };
-                let begun = match enqueued {
-                    Enqueued::Existing(record) if record.state.is_terminal() => Begun::Recorded,
-                    Enqueued::Existing(_) | Enqueued::New(_) => {
-                        match shared.store.begin_attempt(&job.spec.id, unix_now_ns()) {
-                            Ok(started) => Begun::Live { session: open(&*backend, &job, &started), started },
-                            Err(error) => Begun::Failed(error),
-                        }
-                    }
-                };
-                ready.push(Worker {
-                    shared: Arc::clone(&shared),
-                    backend: Arc::clone(&backend),
-                    job,
-                    place,
-                    permit,
-                    begun,
-                    orders: orders.clone(),
-                    results: send.clone(),
-                });
+                let (backend, orders, results) = (Arc::clone(&backend), orders.clone(), send.clone());
+                ready.push(Worker { shared: Arc::clone(&shared), backend, job, place, live, begun, orders, results });
             }
             Worker::spawn_all(&mut ready);
         });
-        Ok(Batch { results, order, expected })
+        Ok(batch)
+    }
+
+    async fn enqueue(&self, jobs: &[Job]) -> Result<Vec<Enqueued>, RunnerError> {
+        if self.shared.settings.recording == Recording::Nothing {
+            return Ok(vec![]);
+        }
+        let store = Arc::clone(&self.shared.store);
+        let specs: Vec<_> = jobs.iter().map(|job| job.spec.clone()).collect();
+        // What a rollout pins is kept beside it, once, so that it can be run again from the store alone.
+        let items: BTreeMap<_, _> = jobs.iter().map(|job| job.item.texts()).map(|texts| (texts.hash, texts)).collect();
+        let mut blobs: Vec<Vec<u8>> = vec![];
+        {
+            let kept = self.shared.kept.lock().unwrap_or_else(PoisonError::into_inner);
+            blobs.extend(
+                items.iter().filter(|(hash, _)| !kept.contains(*hash)).map(|(_, t)| t.whole.as_bytes().to_vec()),
+            );
+            if !kept.contains(&self.shared.execution) {
+                blobs.push(self.shared.conditions.record().to_bytes());
+            }
+        }
+        let enqueued = tokio::task::spawn_blocking(move || -> Result<_, StoreError> {
+            let hashes = if blobs.is_empty() { vec![] } else { store.put_blobs(blobs)? };
+            Ok((hashes, store.enqueue(specs)?))
+        });
+        let (hashes, enqueued) = enqueued.await.map_err(|_| RunnerError::WorkerLost)??;
+        self.shared.kept.lock().unwrap_or_else(PoisonError::into_inner).extend(hashes);
+        Ok(enqueued)
     }
 }
 
-/// All attempts of a rollout have its seed: one that a crash cut off must end, run again, as it would have ended.
-fn open(backend: &dyn LlmBackend, job: &Job, started: &AttemptRecord) -> Box<dyn LlmSession> {
-    backend.open(SessionInfo {
-        attempt: started.key.clone(),
-        item_id: job.item.id.clone(),
-        seed: job.spec.seed,
-        sampling: job.spec.sampling.clone(),
-    })
+/// The right to be alive, and the sandbox's slots.
+struct Live {
+    _pass: Pass,
+    _slots: Admission,
 }
 
 /// How a worker starts.
@@ -284,9 +291,9 @@ enum Begun {
     /// The store has the result.
     Recorded,
     /// A first attempt has begun and its session is open.
-    Live { started: AttemptRecord, session: Box<dyn LlmSession> },
-    /// The store refused.
-    Failed(StoreError),
+    Live { started: AttemptRecord, session: Box<dyn LlmSession>, tape: Option<Arc<Tape>> },
+    /// The store refused, or the rollout cannot be what it is asked to be.
+    Failed(RunnerError),
 }
 
 struct Worker {
@@ -294,7 +301,7 @@ struct Worker {
     backend: Arc<dyn LlmBackend>,
     job: Job,
     place: usize,
-    permit: OwnedSemaphorePermit,
+    live: Live,
     begun: Begun,
     orders: watch::Receiver<Order>,
     results: mpsc::Sender<(usize, Result<RolloutResult, RunnerError>)>,
@@ -303,12 +310,15 @@ struct Worker {
 impl Worker {
     fn spawn_all(ready: &mut Vec<Self>) {
         for worker in ready.drain(..) {
+            // Boxed, because a future that is moved into another one takes its place twice.
             tokio::spawn(async move {
                 let (place, results, mut orders) = (worker.place, worker.results.clone(), worker.orders.clone());
+                let mut work = Box::pin(worker.run());
                 let result = tokio::select! {
-                    result = worker.run() => result,
+                    result = &mut work => result,
                     () = told(&mut orders, Order::Abandon) => return,
                 };
+                drop(work);
                 // The batch may be gone; the record is durable all the same.
                 let _ = results.send((place, result)).await;
             });
@@ -316,25 +326,28 @@ impl Worker {
     }
 
     async fn run(self) -> Result<RolloutResult, RunnerError> {
-        let Self { shared, backend, job, permit, begun, mut orders, .. } = self;
-        let (mut started, mut session) = match begun {
+        let Self { shared, backend, job, live, begun, mut orders, .. } = self;
+        let (mut started, mut session, mut tape) = match begun {
             Begun::Recorded => return shared.recorded(&job),
-            Begun::Failed(error) => return Err(error.into()),
-            Begun::Live { started, session } => (started, session),
+            Begun::Failed(error) => return Err(error),
+            Begun::Live { started, session, tape } => (started, session, tape),
         };
         loop {
-            shared.store.mark_running(&started.key)?;
+            shared.mark_running(&started.key)?;
             let attempts = started.key.attempt.0;
-            let ran = shared.attempt(&job, &started, session, &mut orders).await;
-            let again = ran.outcome.kind.is_retryable() && attempts < shared.settings.attempts_max;
+            let ran = shared.attempt(&job, &started, session, tape, &mut orders).await;
+            let again = shared.settings.retry.tries_again(ran.outcome.kind, attempts);
             let result = shared.finish(&job, started, ran, again).await?;
             if !again {
-                drop(permit);
+                drop(live);
                 return Ok(result);
             }
             tracing::warn!(rollout = %job.spec.id, outcome = result.outcome.kind.as_str(), "attempt failed, trying again");
-            started = shared.store.begin_attempt(&job.spec.id, unix_now_ns())?;
-            session = open(&*backend, &job, &started);
+            (started, session, tape) = match shared.begin_after(&*backend, &job, attempts) {
+                Begun::Live { started, session, tape } => (started, session, tape),
+                Begun::Recorded => return shared.recorded(&job),
+                Begun::Failed(error) => return Err(error),
+            };
         }
     }
 }
@@ -346,17 +359,139 @@ async fn told(orders: &mut watch::Receiver<Order>, awaited: Order) {
     }
 }
 
-/// What one attempt left behind.
-struct Ran {
-    outcome: AttemptOutcome,
-    rewards: Vec<Reward>,
-    spans: Vec<Span>,
-    guest_cpu_us: u64,
-}
-
 impl Shared {
+    /// Waits for the right to be alive; `None` when nothing more is to begin.
+    async fn enter(
+        &self,
+        job: &Job,
+        ready: &mut Vec<Worker>,
+        mut draining: watch::Receiver<bool>,
+        mut orders: watch::Receiver<Order>,
+    ) -> Option<Live> {
+        if *draining.borrow() || *orders.borrow() == Order::Abandon {
+            return None;
+        }
+        if let Some(pass) = self.gate.try_enter()
+            && let Some(slots) = self.gatekeeper.try_admit()
+        {
+            return Some(Live { _pass: pass, _slots: slots });
+        }
+        // Whoever waits here must not hold back those that are ready: their ends are what it waits for.
+        Worker::spawn_all(ready);
+        let entered = async {
+            let pass = self.gate.enter(Priority::of(job.spec.mode)).await;
+            self.gatekeeper.admit().await.ok().map(|slots| Live { _pass: pass, _slots: slots })
+        };
+        tokio::select! {
+            live = entered => live,
+            _ = draining.wait_for(|draining| *draining) => None,
+            () = told(&mut orders, Order::Abandon) => None,
+        }
+    }
+
+    /// Begins the first attempt of a rollout.
+    fn begin(&self, backend: &dyn LlmBackend, job: &Job) -> Begun {
+        self.begin_after(backend, job, 0)
+    }
+
+    /// Begins the next attempt. `attempts` is how many there were, for when nobody else counts them.
+    fn begin_after(&self, backend: &dyn LlmBackend, job: &Job, attempts: u32) -> Begun {
+        // Before anything is begun: a fork that cannot be is not left behind as a live attempt.
+        let prefix = match &job.spec.fork_of {
+            Some(fork_of) => match fork::prefix(&*self.store, fork_of, &job.spec) {
+                Ok(prefix) => Some(prefix),
+                Err(problem) => {
+                    return Begun::Failed(RunnerError::Fork { rollout: fork_of.rollout.clone(), problem });
+                }
+            },
+            None => None,
+        };
+        self.begun.fetch_add(1, Ordering::Relaxed);
+        let started = match self.settings.recording {
+            Recording::Durable => self.store.begin_attempt(&job.spec.id, unix_now_ns(), &self.settings.worker),
+            Recording::Nothing => Ok(unrecorded(job, AttemptNumber(attempts + 1))),
+        };
+        let mut started = match started {
+            Ok(started) => started,
+            // It was cancelled while it waited.
+            Err(StoreError::RolloutEnded { .. }) => return Begun::Recorded,
+            Err(error) => return Begun::Failed(error.into()),
+        };
+        // A fork's clock goes on where its ancestor's stood.
+        if let Some(prefix) = &prefix {
+            started.start_unix_ns = prefix.start_unix_ns;
+        }
+        // All attempts of a rollout have its seed: one that a crash cut off must end, run again, as it would have ended.
+        let session = backend.open(SessionInfo {
+            attempt: started.key.clone(),
+            item_id: job.item.id.clone(),
+            seed: job.spec.seed,
+            sampling: job.spec.sampling.clone(),
+            history: prefix.as_ref().map(|prefix| prefix.completions.clone()).unwrap_or_default(),
+        });
+        Begun::Live { started, session, tape: prefix.map(|prefix| prefix.tape) }
+    }
+
+    fn give_sign_of_life(&self, start_unix_ns: u64) {
+        let record = WorkerRecord {
+            id: self.settings.worker.clone(),
+            process_id: std::process::id(),
+            start_unix_ns,
+            heartbeat_unix_ns: unix_now_ns(),
+            attempts: self.begun.load(Ordering::Relaxed),
+        };
+        if let Err(error) = self.store.put_worker(record) {
+            tracing::warn!(worker = self.settings.worker, error = %error, "the worker's record is not kept");
+        }
+    }
+
+    fn take_requests(&self) {
+        let Some(folder) = &self.settings.control else { return };
+        for request in control::requests(folder) {
+            match &request {
+                control::Request::CancelAll => {
+                    self.draining.send_replace(true);
+                    self.watchdog.cancel_all();
+                }
+                control::Request::Cancel(rollout) => {
+                    if let Err(error) = self.cancel(rollout) {
+                        tracing::warn!(rollout = %rollout, error = %error, "cannot cancel");
+                    }
+                }
+            }
+            request.remove(folder);
+        }
+    }
+
+    fn cancel(&self, rollout: &RolloutId) -> Result<bool, RunnerError> {
+        if self.watchdog.cancel(rollout) {
+            return Ok(true);
+        }
+        match self.store.cancel(rollout, unix_now_ns()) {
+            Ok(_) => Ok(true),
+            Err(StoreError::RolloutEnded { .. } | StoreError::UnknownRollout(_)) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn mark_running(&self, key: &AttemptKey) -> Result<(), RunnerError> {
+        match self.settings.recording {
+            Recording::Durable => Ok(self.store.mark_running(key)?),
+            Recording::Nothing => Ok(()),
+        }
+    }
+
     fn recorded(&self, job: &Job) -> Result<RolloutResult, RunnerError> {
-        let attempt = self.store.attempts(&job.spec.id)?.pop().ok_or(RunnerError::WorkerLost)?;
+        let Some(attempt) = self.store.attempts(&job.spec.id)?.pop() else {
+            // Cancelled before it began.
+            let outcome = AttemptOutcome::failed(OutcomeKind::Cancelled, "the rollout was cancelled before it began");
+            let attempt = AttemptRecord {
+                state: AttemptState::Failed,
+                outcome: Some(outcome.clone()),
+                ..unrecorded(job, AttemptNumber::FIRST)
+            };
+            return Ok(RolloutResult { spec: job.spec.clone(), attempt, outcome, spans: Arc::default() });
+        };
         let outcome = attempt.outcome.clone().ok_or(RunnerError::WorkerLost)?;
         let spans = Arc::new(self.store.spans(&attempt.key)?);
         Ok(RolloutResult { spec: job.spec.clone(), attempt, outcome, spans })
@@ -367,118 +502,41 @@ impl Shared {
         job: &Job,
         started: &AttemptRecord,
         session: Box<dyn LlmSession>,
+        tape: Option<Arc<Tape>>,
         orders: &mut watch::Receiver<Order>,
     ) -> Ran {
-        let seed = job.spec.seed;
-        let buffer = Arc::new(SpanBuffer::default());
-        let recorder = Arc::new(Recorder::new(
-            started.key.clone(),
-            seed,
-            started.start_unix_ns,
-            Arc::clone(&buffer) as Arc<dyn SpanSink>,
-        ));
-        let work = self.agent(job, started, seed, session, Arc::clone(&recorder));
-        let (mut outcome, mut guest_cpu_us) = tokio::select! {
-            ended = work => ended,
+        let watched = self.watchdog.watch(&job.spec.id, self.settings.limits.heartbeat_ms_max);
+        let mut run = Box::pin(self.conditions.run(Attempt {
+            key: &started.key,
+            start_unix_ns: started.start_unix_ns,
+            seed: job.spec.seed,
+            mode: job.spec.mode,
+            item: &job.item,
+            session,
+            tape: tape.clone(),
+            life: Some(&watched.life),
+            keeps_spans: self.settings.recording == Recording::Durable,
+        }));
+        let ran = tokio::select! {
+            ran = &mut run => ran,
             () = told(orders, Order::Cancel) => {
-                (AttemptOutcome::failed(OutcomeKind::Cancelled, "the rollout was cancelled"), 0)
+                watched.life.end(crate::watchdog::Verdict::Cancelled);
+                run.await
             }
         };
-        let mut rewards = agent_rewards(&buffer.snapshot());
-        if outcome.kind.is_graded() {
-            match self.grade(job, started, seed, &outcome, &buffer.snapshot()).await {
-                Ok((grades, cpu_us)) => {
-                    guest_cpu_us = guest_cpu_us.saturating_add(cpu_us);
-                    rewards.extend(grades);
-                    rewards.extend(self.outcome_reward(outcome.kind));
-                    for reward in rewards.iter().filter(|reward| reward.source != RewardSource::Agent) {
-                        recorder.record(&format!("reward {}", reward.dimension), SpanBody::Reward(reward.clone()));
-                    }
-                }
-                Err(fault) => {
-                    let grader = self.plugins.grader.as_ref().map(|grader| grader.hash().to_string());
-                    let body =
-                        SpanBody::Grade { grader: grader.unwrap_or_default(), fault: Some(fault.detail.clone()) };
-                    recorder.record("grade", body);
-                    outcome = fault;
-                }
-            }
+        match tape.and_then(|tape| tape.divergence()) {
+            // The ancestor cannot be repeated: that is a fault of the machine, or of who changed a component.
+            Some(divergence) => Ran {
+                outcome: AttemptOutcome::failed(
+                    OutcomeKind::HostFault,
+                    format!("the fork's prefix is not what was recorded: {}", divergence.detail),
+                ),
+                rewards: vec![],
+                spans: vec![],
+                ..ran
+            },
+            None => ran,
         }
-        recorder.finish(&outcome);
-        Ran { outcome, rewards, spans: buffer.take(), guest_cpu_us }
-    }
-
-    async fn agent(
-        &self,
-        job: &Job,
-        started: &AttemptRecord,
-        seed: Seed,
-        session: Box<dyn LlmSession>,
-        recorder: Arc<Recorder>,
-    ) -> (AttemptOutcome, u64) {
-        let mut open_tools = vec![];
-        for (name, tool) in &self.plugins.tools {
-            let world = job.item.world.to_string();
-            match tool.open(world, seed.child("tool").child(name), &self.settings.limits, started.start_unix_ns).await {
-                Ok(host) => open_tools.push(host),
-                Err(fault) => return (fault, 0),
-            }
-        }
-        let tools: Arc<dyn ToolHost> = Arc::new(ToolSet::new(open_tools));
-        let report = self
-            .plugins
-            .agent
-            .run(AgentRun {
-                key: started.key.clone(),
-                seed,
-                mode: job.spec.mode,
-                input: job.item.input.to_string(),
-                limits: self.settings.limits.clone(),
-                llm: Arc::from(session),
-                tools: Some(Arc::clone(&tools)),
-                templates: Arc::clone(&self.settings.templates),
-                recorder,
-                start_unix_ns: started.start_unix_ns,
-            })
-            .await;
-        (report.outcome, report.guest_cpu_us.saturating_add(tools.guest_cpu_us()))
-    }
-
-    async fn grade(
-        &self,
-        job: &Job,
-        started: &AttemptRecord,
-        seed: Seed,
-        outcome: &AttemptOutcome,
-        spans: &[Span],
-    ) -> Result<(Vec<Reward>, u64), AttemptOutcome> {
-        let Some(grader) = &self.plugins.grader else { return Ok((vec![], 0)) };
-        let report = grader
-            .grade(GradeRun {
-                input: job.item.input.to_string(),
-                world: job.item.world.to_string(),
-                reference: job.item.reference.to_string(),
-                outcome,
-                spans,
-                seed: seed.child("grader"),
-                limits: &self.settings.limits,
-                start_unix_ns: started.start_unix_ns,
-            })
-            .await?;
-        Ok((report.rewards, report.guest_cpu_us))
-    }
-
-    /// What the host itself adds. An outcome blamed on the policy always has a reward, so that it can be trained on even
-    /// when the grader says nothing about it.
-    fn outcome_reward(&self, kind: OutcomeKind) -> Option<Reward> {
-        (kind.blame() == Some(Blame::Policy)).then(|| Reward {
-            dimension: DEFAULT_DIMENSION.to_owned(),
-            value: self.settings.outcome_reward.get(&kind).copied().unwrap_or(0.0),
-            feedback: None,
-            source: RewardSource::Host,
-            component: None,
-            call_index: None,
-        })
     }
 
     async fn finish(
@@ -491,6 +549,7 @@ impl Shared {
         let kind = ran.outcome.kind;
         let state = match kind {
             OutcomeKind::WallTimeout => AttemptState::Timeout,
+            OutcomeKind::Unresponsive => AttemptState::Unresponsive,
             kind if kind.is_graded() => AttemptState::Succeeded,
             _ => AttemptState::Failed,
         };
@@ -507,59 +566,68 @@ impl Shared {
             rewards: ran.rewards,
             spans: ran.spans.len() as u64,
             guest_cpu_us: ran.guest_cpu_us,
+            not_forkable: ran.not_forkable.clone(),
             ..started
         };
-        let finish = AttemptFinish {
-            key: attempt.key.clone(),
-            state,
-            outcome: ran.outcome.clone(),
-            rewards: attempt.rewards.clone(),
-            end_unix_ns: attempt.end_unix_ns,
-            guest_cpu_us: attempt.guest_cpu_us,
-            spans: ran.spans.clone(),
-            rollout_state,
-        };
-        self.committer.commit(finish).await?;
-        Ok(RolloutResult { spec: job.spec.clone(), attempt, outcome: ran.outcome, spans: Arc::new(ran.spans) })
+        let spans = Arc::new(ran.spans);
+        if self.settings.recording == Recording::Durable {
+            let finish = AttemptFinish {
+                key: attempt.key.clone(),
+                state,
+                outcome: ran.outcome.clone(),
+                rewards: attempt.rewards.clone(),
+                end_unix_ns: attempt.end_unix_ns,
+                guest_cpu_us: attempt.guest_cpu_us,
+                spans: Arc::clone(&spans),
+                not_forkable: ran.not_forkable,
+                rollout_state,
+            };
+            self.committer.commit(finish).await?;
+        }
+        Ok(RolloutResult { spec: job.spec.clone(), attempt, outcome: ran.outcome, spans })
     }
 }
 
-fn agent_rewards(spans: &[Span]) -> Vec<Reward> {
-    let rewards = spans.iter().filter_map(|span| match &span.body {
-        SpanBody::Reward(reward) if !matches!(span.status, SpanStatus::Error(_)) => Some(reward.clone()),
-        _ => None,
-    });
-    rewards.collect()
+/// How often requests of other processes are looked for, and every how many looks the worker gives a sign of life.
+const HOUSEKEEPING: Duration = Duration::from_millis(500);
+const LOOKS_PER_HEARTBEAT: u64 = 10;
+
+/// Does what other processes ask for and keeps the worker's record fresh, for as long as the runner is there.
+async fn keep_house(runner: Weak<Shared>) {
+    let start_unix_ns = unix_now_ns();
+    for look in 0_u64.. {
+        let Some(shared) = runner.upgrade() else { return };
+        // Both wait for the disk. The handle on the store goes with the closure, so nothing outlives the runner for long.
+        let done = tokio::task::spawn_blocking(move || {
+            if shared.settings.recording == Recording::Durable && look.is_multiple_of(LOOKS_PER_HEARTBEAT) {
+                shared.give_sign_of_life(start_unix_ns);
+            }
+            shared.take_requests();
+        });
+        if done.await.is_err() {
+            return;
+        }
+        tokio::time::sleep(HOUSEKEEPING).await;
+    }
 }
 
-fn unix_now_ns() -> u64 {
+/// The record of an attempt that no store knows.
+fn unrecorded(job: &Job, attempt: AttemptNumber) -> AttemptRecord {
+    AttemptRecord {
+        key: AttemptKey { rollout: job.spec.id.clone(), attempt },
+        state: AttemptState::Preparing,
+        start_unix_ns: unix_now_ns(),
+        end_unix_ns: 0,
+        outcome: None,
+        rewards: vec![],
+        spans: 0,
+        guest_cpu_us: 0,
+        worker: String::new(),
+        not_forkable: None,
+    }
+}
+
+pub(crate) fn unix_now_ns() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
-}
-
-/// Holds the spans of one attempt until it is committed. Outlives the guest, so that a cancelled attempt keeps what it did.
-#[derive(Debug, Default)]
-struct SpanBuffer {
-    spans: Mutex<Vec<Span>>,
-}
-
-impl SpanBuffer {
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Span>> {
-        self.spans.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-    }
-
-    fn snapshot(&self) -> Vec<Span> {
-        self.lock().clone()
-    }
-
-    fn take(&self) -> Vec<Span> {
-        std::mem::take(&mut *self.lock())
-    }
-}
-
-impl SpanSink for SpanBuffer {
-    fn record(&self, span: Span) -> Result<(), SpanRefused> {
-        self.lock().push(span);
-        Ok(())
-    }
 }

@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use fulgurite_core::dataset::DatasetItem;
-use fulgurite_core::id::ResponseId;
+use fulgurite_core::id::{PolicyVersion, ResponseId};
 use fulgurite_core::llm::{
-    ChatRequest, Completion, FinishReason, LlmBackend, LlmError, LlmSession, NotTrainable, SessionInfo, ToolCall, Usage,
+    ChatRequest, Completion, FinishReason, LlmBackend, LlmError, LlmSession, NotTrainable, SessionInfo, TokenData,
+    ToolCall, Usage,
 };
 use fulgurite_core::seed::Generator;
 use futures::future::BoxFuture;
@@ -23,6 +25,13 @@ use serde::{Deserialize, Serialize};
 pub struct Script {
     /// The replies.
     pub replies: Vec<Reply>,
+    /// How long each call takes, in milliseconds. 0; a real model over a network takes 200 and more.
+    #[serde(default)]
+    pub latency_ms: u64,
+    /// Completion tokens whose ids and log-probs are made up for each call, and a prompt token for every four bytes of the
+    /// request. 0 makes up none. For load tests: what is recorded then weighs as much as a model's, and is never trained on.
+    #[serde(default)]
+    pub made_up_tokens: u32,
 }
 
 /// One reply.
@@ -60,6 +69,9 @@ pub enum ScriptError {
     },
 }
 
+/// Tokens of the vocabulary that made-up ids are from: as many as a common one has.
+const MADE_UP_VOCABULARY: u32 = 50_000;
+
 /// The backend.
 #[derive(Debug)]
 pub struct ScriptedPolicy {
@@ -69,7 +81,11 @@ pub struct ScriptedPolicy {
 #[derive(Debug)]
 struct Shared {
     environment: Environment<'static>,
+    /// Of each reply its text, when it is the same every time.
+    constants: Vec<Option<String>>,
     replies: usize,
+    latency: Duration,
+    made_up_tokens: u32,
     items: BTreeMap<String, Arc<DatasetItem>>,
 }
 
@@ -98,13 +114,25 @@ impl ScriptedPolicy {
             }
         }
         let items = items.into_iter().map(|item| (item.id.clone(), item)).collect();
-        Ok(Self { shared: Arc::new(Shared { environment, replies: script.replies.len(), items }) })
+        let constant = |reply: &Reply| match reply {
+            Reply::Text { text } if !["{{", "{%", "{#"].iter().any(|mark| text.contains(mark)) => Some(text.clone()),
+            Reply::Text { .. } | Reply::Tool { .. } => None,
+        };
+        let shared = Shared {
+            environment,
+            constants: script.replies.iter().map(constant).collect(),
+            replies: script.replies.len(),
+            latency: Duration::from_millis(script.latency_ms),
+            made_up_tokens: script.made_up_tokens,
+            items,
+        };
+        Ok(Self { shared: Arc::new(shared) })
     }
 }
 
 impl LlmBackend for ScriptedPolicy {
     fn open(&self, info: SessionInfo) -> Box<dyn LlmSession> {
-        Box::new(Session { shared: Arc::clone(&self.shared), info })
+        Box::new(Session { shared: Arc::clone(&self.shared), info: Arc::new(info) })
     }
 
     fn name(&self) -> &'static str {
@@ -115,19 +143,34 @@ impl LlmBackend for ScriptedPolicy {
 #[derive(Debug)]
 struct Session {
     shared: Arc<Shared>,
-    info: SessionInfo,
+    info: Arc<SessionInfo>,
 }
 
 impl LlmSession for Session {
-    fn chat(&self, call_index: u64, request: ChatRequest) -> BoxFuture<'static, Result<Completion, LlmError>> {
-        let answer = self.shared.answer(&self.info, call_index, &request);
-        Box::pin(std::future::ready(answer))
+    fn chat(
+        &self,
+        call_index: u64,
+        request: Arc<ChatRequest>,
+    ) -> BoxFuture<'static, Result<Arc<Completion>, LlmError>> {
+        if self.shared.latency.is_zero() {
+            let answer = self.shared.answer(&self.info, call_index, &request).map(Arc::new);
+            return Box::pin(std::future::ready(answer));
+        }
+        let (shared, info) = (Arc::clone(&self.shared), Arc::clone(&self.info));
+        Box::pin(async move {
+            tokio::time::sleep(shared.latency).await;
+            // Only now: thousands of calls that wait should not hold thousands of answers.
+            shared.answer(&info, call_index, &request).map(Arc::new)
+        })
     }
 }
 
 impl Shared {
     fn answer(&self, info: &SessionInfo, call_index: u64, request: &ChatRequest) -> Result<Completion, LlmError> {
         let index = usize::try_from(call_index).unwrap_or(usize::MAX).min(self.replies.saturating_sub(1));
+        if let Some(text) = self.constants.get(index).and_then(Option::as_ref) {
+            return Ok(self.completion(info, call_index, request, text.clone(), vec![]));
+        }
         let item = self.items.get(&info.item_id);
         let generator = Arc::new(Mutex::new(Generator::new(info.seed.child("script").child_index(call_index))));
         let choose = move |list: Value| -> Result<Value, minijinja::Error> {
@@ -163,19 +206,57 @@ impl Shared {
             }
             (text, _, _) => (text.unwrap_or_default(), vec![]),
         };
+        Ok(self.completion(info, call_index, request, text, tool_calls))
+    }
+
+    fn completion(
+        &self,
+        info: &SessionInfo,
+        call_index: u64,
+        request: &ChatRequest,
+        text: String,
+        tool_calls: Vec<ToolCall>,
+    ) -> Completion {
+        let count = |ids: &[u32]| u32::try_from(ids.len()).unwrap_or(u32::MAX);
         let words = |text: &str| u32::try_from(text.split_whitespace().count()).unwrap_or(u32::MAX);
-        Ok(Completion {
-            usage: Usage {
+        let tokens = (self.made_up_tokens > 0).then(|| self.make_up(request, &text));
+        let usage = match &tokens {
+            Some(tokens) => {
+                Usage { prompt_tokens: count(&tokens.prompt_ids), completion_tokens: count(&tokens.completion_ids) }
+            }
+            None => Usage {
                 prompt_tokens: request.messages.iter().map(|message| words(&message.content)).sum(),
                 completion_tokens: words(&text),
             },
+        };
+        let not_trainable = if tokens.is_some() { NotTrainable::OtherEndpoint } else { NotTrainable::NoTokenIds };
+        Completion {
+            usage,
             finish_reason: if tool_calls.is_empty() { FinishReason::Stop } else { FinishReason::ToolCalls },
             text,
             tool_calls,
             response_id: ResponseId::of_call(&info.attempt, call_index),
-            tokens: None,
-            not_trainable: Some(NotTrainable::NoTokenIds),
-        })
+            tokens,
+            not_trainable: Some(not_trainable),
+        }
+    }
+
+    /// Token data as heavy as a model's.
+    fn make_up(&self, request: &ChatRequest, text: &str) -> TokenData {
+        let ids = |text: &str| -> Vec<u32> {
+            let (fours, _) = text.as_bytes().as_chunks::<4>();
+            fours.iter().map(|four| u32::from_le_bytes(*four) % MADE_UP_VOCABULARY).collect()
+        };
+        let wanted = self.made_up_tokens as usize;
+        let completion_ids: Vec<u32> = ids(text).into_iter().cycle().take(wanted).collect();
+        TokenData {
+            prompt_ids: request.messages.iter().map(|message| ids(&message.content)).collect::<Vec<_>>().concat(),
+            log_probs: completion_ids.iter().map(|id| -0.01 * (id % 100) as f32).collect(),
+            processed_log_probs: vec![],
+            completion_ids,
+            // Nobody's weights.
+            policy_version: PolicyVersion(0),
+        }
     }
 }
 
@@ -206,19 +287,16 @@ mod tests {
 
     use super::*;
 
-    fn ask(script: &Script, seed: u64, call_index: u64, content: &str) -> Result<Completion, LlmError> {
-        let item = DatasetItem {
-            id: "item".to_owned(),
-            input: serde_json::json!({}),
-            world: serde_json::Value::Null,
-            reference: serde_json::json!({"best": "R7"}),
-        };
+    fn ask(script: &Script, seed: u64, call_index: u64, content: &str) -> Result<Arc<Completion>, LlmError> {
+        let (input, reference) = (serde_json::json!({}), serde_json::json!({"best": "R7"}));
+        let item = DatasetItem::new("item", input, serde_json::Value::Null, reference);
         let policy = ScriptedPolicy::new(script, [Arc::new(item)]).unwrap();
         let session = policy.open(SessionInfo {
             attempt: AttemptKey { rollout: RolloutId::new("r").unwrap(), attempt: AttemptNumber::FIRST },
             item_id: "item".to_owned(),
             seed: Seed::new(seed),
             sampling: Sampling::default(),
+            history: vec![],
         });
         let request = ChatRequest {
             messages: vec![Message::text(Role::User, content)],
@@ -227,7 +305,7 @@ mod tests {
             agent_role: "agent".to_owned(),
             endpoint: None,
         };
-        session.chat(call_index, request).now_or_never().expect("a script answers at once")
+        session.chat(call_index, Arc::new(request)).now_or_never().expect("a script answers at once")
     }
 
     #[test]
@@ -252,8 +330,10 @@ mod tests {
     fn choices_follow_from_the_seed_and_are_spread() {
         let script = Script {
             replies: vec![Reply::Text { text: "{{ choose(match_all(messages[0].content, 'R\\d')) }}".to_owned() }],
+            latency_ms: 0,
+            made_up_tokens: 0,
         };
-        let draw = |seed| ask(&script, seed, 0, "R1 R2 R3").unwrap().text;
+        let draw = |seed| ask(&script, seed, 0, "R1 R2 R3").unwrap().text.clone();
         let draws: std::collections::BTreeSet<_> = (0..40).map(draw).collect();
         assert_eq!(draws.len(), 3);
         assert_eq!(draw(5), draw(5));
@@ -262,7 +342,8 @@ mod tests {
     #[test]
     fn misspelt_keys_and_broken_templates_are_refused() {
         assert!(toml::from_str::<Script>("replies = [{ txt = 'x' }]").is_err());
-        let broken = Script { replies: vec![Reply::Text { text: "{{ item".to_owned() }] };
+        let broken =
+            Script { replies: vec![Reply::Text { text: "{{ item".to_owned() }], latency_ms: 0, made_up_tokens: 0 };
         assert!(matches!(ScriptedPolicy::new(&broken, []), Err(ScriptError::Template { index: 0, .. })));
     }
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use fulgurite_core::dataset::{DatasetItem, Split};
-use fulgurite_core::id::{PolicyVersion, ResponseId, RolloutId};
+use fulgurite_core::id::{ContentHash, PolicyVersion, ResponseId, RolloutId};
 use fulgurite_core::limits::Limits;
 use fulgurite_core::llm::{
     ChatRequest, Completion, FinishReason, LlmBackend, LlmError, LlmSession, NotTrainable, Sampling, SessionInfo, Usage,
@@ -16,7 +16,7 @@ use fulgurite_core::outcome::OutcomeKind;
 use fulgurite_core::record::{RolloutMode, RolloutSpec};
 use fulgurite_core::seed::Seed;
 use fulgurite_core::state::{AttemptState, RolloutState};
-use fulgurite_runner::{Job, Plugins, Runner, RunnerSettings};
+use fulgurite_runner::{Job, Plugins, Recording, RetryPolicy, Runner, RunnerGrants, RunnerSettings};
 use fulgurite_sandbox::{Sandbox, SandboxSettings, Templates};
 use fulgurite_store::{MemoryStore, RolloutStore};
 use futures::future::BoxFuture;
@@ -42,14 +42,14 @@ impl LlmBackend for Model {
 }
 
 impl LlmSession for Session {
-    fn chat(&self, call_index: u64, _: ChatRequest) -> BoxFuture<'static, Result<Completion, LlmError>> {
+    fn chat(&self, call_index: u64, _: Arc<ChatRequest>) -> BoxFuture<'static, Result<Arc<Completion>, LlmError>> {
         let attempt = self.1.attempt.clone();
         match self.0 {
             Model::NeverAnswers => Box::pin(std::future::pending()),
             Model::FailsUntilAttempt(number) if attempt.attempt.0 < number => {
                 Box::pin(std::future::ready(Err(LlmError::Unavailable("out of order".to_owned()))))
             }
-            Model::FailsUntilAttempt(_) => Box::pin(std::future::ready(Ok(Completion {
+            Model::FailsUntilAttempt(_) => Box::pin(std::future::ready(Ok(Arc::new(Completion {
                 text: "fine".to_owned(),
                 tool_calls: vec![],
                 finish_reason: FinishReason::Stop,
@@ -57,7 +57,7 @@ impl LlmSession for Session {
                 response_id: ResponseId::of_call(&attempt, call_index),
                 tokens: None,
                 not_trainable: Some(NotTrainable::NoTokenIds),
-            }))),
+            })))),
         }
     }
 }
@@ -76,21 +76,20 @@ fn runner(store: Arc<MemoryStore>) -> Runner {
     };
     let settings = RunnerSettings {
         live_max: 4,
-        attempts_max: 3,
+        retry: RetryPolicy { attempts_max: 3, by_kind: BTreeMap::new() },
         limits: Limits::default(),
         outcome_reward: BTreeMap::from([(OutcomeKind::MalformedAnswer, -0.5)]),
         templates: Arc::new(Templates::none()),
+        recording: Recording::Durable,
+        worker: "test".to_owned(),
+        control: None,
+        grants: RunnerGrants::default(),
     };
-    Runner::new(store, plugins, settings)
+    Runner::new(store, plugins, settings).unwrap()
 }
 
 fn job(id: &str, behaviour: &str, world: &str) -> Job {
-    let item = DatasetItem {
-        id: format!("item-{id}"),
-        input: json!({"behaviour": behaviour}),
-        world: json!(world),
-        reference: json!({}),
-    };
+    let item = DatasetItem::new(format!("item-{id}"), json!({"behaviour": behaviour}), json!(world), json!({}));
     let spec = RolloutSpec {
         id: RolloutId::new(id).unwrap(),
         stage: "test".to_owned(),
@@ -105,6 +104,8 @@ fn job(id: &str, behaviour: &str, world: &str) -> Job {
         policy_version: PolicyVersion(0),
         resources_version: 0,
         components: vec![],
+        item: item.texts().hash,
+        execution: ContentHash::of(b"test"),
         fork_of: None,
     };
     Job { spec, item: Arc::new(item) }
