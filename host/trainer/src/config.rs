@@ -8,13 +8,17 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use fulgurite_core::dataset::Split;
-use fulgurite_core::limits::Limits;
+use fulgurite_core::grant::{EndpointGrants, ToolGrants};
+use fulgurite_core::limits::{InvalidNarrowing, Limits, NarrowedLimits};
 use fulgurite_core::llm::Sampling;
 use fulgurite_core::outcome::{Blame, OutcomeKind};
 use fulgurite_core::reward::RewardSource;
 use fulgurite_policy::PolicyConfig;
 use fulgurite_runner::scripted::Script;
+use fulgurite_sandbox::PluginWorld;
 use serde::{Deserialize, Serialize};
+
+pub use crate::grants::EndpointConfig;
 
 /// A run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -32,7 +36,10 @@ pub struct RunConfig {
     pub grader: Option<PluginConfig>,
     /// Tools by name.
     #[serde(default)]
-    pub tools: BTreeMap<String, PluginConfig>,
+    pub tools: BTreeMap<String, ToolConfig>,
+    /// Model endpoints by name. A plugin asks them only when it is granted to it.
+    #[serde(default)]
+    pub endpoint: BTreeMap<String, EndpointConfig>,
     /// Datasets by name.
     pub dataset: BTreeMap<String, DatasetConfig>,
     /// Prompt templates by name: the first version of the run's resources.
@@ -65,12 +72,32 @@ pub struct RunConfig {
     pub experiment: ExperimentConfig,
 }
 
-/// A component.
+/// An agent or a grader.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PluginConfig {
     /// Path of the `.wasm` file, relative to the config file.
     pub component: PathBuf,
+    /// Its own limits, each at most as wide as the run's.
+    #[serde(default, skip_serializing_if = "NarrowedLimits::is_empty")]
+    pub limits: NarrowedLimits,
+    /// What it is granted of what its manifest asks for.
+    #[serde(default, skip_serializing_if = "EndpointGrants::is_empty")]
+    pub grants: EndpointGrants,
+}
+
+/// A tool.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ToolConfig {
+    /// Path of the `.wasm` file, relative to the config file.
+    pub component: PathBuf,
+    /// Its own limits, each at most as wide as the run's.
+    #[serde(default, skip_serializing_if = "NarrowedLimits::is_empty")]
+    pub limits: NarrowedLimits,
+    /// What it is granted of what its manifest asks for.
+    #[serde(default, skip_serializing_if = "ToolGrants::is_empty")]
+    pub grants: ToolGrants,
 }
 
 /// A dataset: one JSONL file per split, one item `{id, input, world, reference}` per line.
@@ -139,6 +166,11 @@ pub struct RolloutConfig {
     pub live_max: usize,
     /// Attempts of one rollout, the first included. 3: enough for an endpoint that hiccups.
     pub attempts_max: u32,
+    /// The same for single kinds of outcome, such as `llm-unavailable = 10`. Only those that can recover.
+    pub retry: BTreeMap<OutcomeKind, u32>,
+    /// Whether rollouts are recorded durably. Without it nothing can be looked at, replayed or trained on afterwards: for
+    /// load tests and quick looks.
+    pub record: bool,
     /// Sampling of the policy where neither agent nor algorithm says otherwise.
     pub sampling: Sampling,
     /// Sources whose rewards count in baselines and losses.
@@ -154,6 +186,8 @@ impl Default for RolloutConfig {
         Self {
             live_max: 256,
             attempts_max: 3,
+            retry: BTreeMap::new(),
+            record: true,
             sampling: Sampling::default(),
             reward_accept: vec![RewardSource::Grader, RewardSource::Host],
             outcome_reward: BTreeMap::new(),
@@ -392,16 +426,72 @@ impl RunConfig {
                 return fail(&field, format!("{value} is not a finite number"));
             }
         }
+        self.check_plugins()?;
         if self.rollout.live_max == 0 {
             return fail("rollout.live_max", "must be at least 1".to_owned());
         }
         if self.rollout.attempts_max == 0 {
             return fail("rollout.attempts_max", "must be at least 1".to_owned());
         }
+        if let Some(kind) = self.rollout.retry.keys().find(|kind| !kind.is_retryable()) {
+            let field = format!("rollout.retry.{}", kind.as_str());
+            let known: Vec<_> =
+                OutcomeKind::ALL.iter().filter(|kind| kind.is_retryable()).map(|k| k.as_str()).collect();
+            return fail(&field, format!("trying again cannot help; it can after: {}", known.join(", ")));
+        }
+        let trains = !self.stage.is_empty() || !self.control.is_empty();
+        if trains && !self.rollout.record {
+            return fail("rollout.record", "stages are trained on what is recorded; leave it on".to_owned());
+        }
         if self.checkpoint.every_steps == 0 || self.checkpoint.keep == 0 {
             return fail("checkpoint", "`every_steps` and `keep` must be at least 1".to_owned());
         }
         Ok(())
+    }
+
+    /// Limits and grants of single plugins, as far as that needs no look at the plugins.
+    fn check_plugins(&self) -> Result<(), (String, String)> {
+        let narrowed = |plugin: &str, limits: &NarrowedLimits, world: PluginWorld| {
+            let problem = |error: InvalidNarrowing| (format!("{plugin}.limits.{}", error.field()), error.to_string());
+            limits.of(&self.limits, world.limits()).map(|_| ()).map_err(problem)
+        };
+        let plugins =
+            [("agent", Some(&self.agent), PluginWorld::Agent), ("grader", self.grader.as_ref(), PluginWorld::Grader)];
+        for (plugin, config, world) in plugins {
+            let Some(config) = config else { continue };
+            narrowed(plugin, &config.limits, world)?;
+            if let Some(name) = config.grants.endpoints.iter().find(|name| !self.endpoint.contains_key(*name)) {
+                let problem = format!("there is no `[endpoint.{name}]` in this config; describe it there");
+                return Err((format!("{plugin}.grants.endpoints"), problem));
+            }
+        }
+        for (name, tool) in &self.tools {
+            if ["agent", "grader"].contains(&name.as_str()) {
+                return Err((format!("tools.{name}"), "`agent` and `grader` are not names of tools".to_owned()));
+            }
+            narrowed(&format!("tools.{name}"), &tool.limits, PluginWorld::Tool)?;
+        }
+        for (name, endpoint) in &self.endpoint {
+            if name == "policy" {
+                return Err(("endpoint.policy".to_owned(), "`policy` is the policy; choose another name".to_owned()));
+            }
+            endpoint.check().map_err(|(field, problem)| (format!("endpoint.{name}.{field}"), problem))?;
+        }
+        Ok(())
+    }
+
+    /// Limits of a tool. Checked before: what cannot be narrowed is as it was.
+    pub(crate) fn limits_of_tool(&self, tool: &ToolConfig) -> Limits {
+        tool.limits.of(&self.limits, PluginWorld::Tool.limits()).unwrap_or_else(|_| self.limits.clone())
+    }
+
+    /// Limits of the plugins that have some of their own, by `agent`, `grader` or a tool's name.
+    pub(crate) fn plugin_limits(&self) -> BTreeMap<String, Limits> {
+        let agent = ("agent".to_owned(), &self.agent.limits, PluginWorld::Agent);
+        let grader = self.grader.iter().map(|grader| ("grader".to_owned(), &grader.limits, PluginWorld::Grader));
+        let tools = self.tools.iter().map(|(name, tool)| (name.clone(), &tool.limits, PluginWorld::Tool));
+        let all = std::iter::once(agent).chain(grader).chain(tools).filter(|(_, limits, _)| !limits.is_empty());
+        all.filter_map(|(name, limits, world)| Some((name, limits.of(&self.limits, world.limits()).ok()?))).collect()
     }
 
     fn unknown_dataset(&self, name: &str) -> String {
@@ -415,7 +505,13 @@ impl RunConfig {
             .map(|stage| &mut stage.algorithm)
             .chain(std::iter::once(&mut self.agent.component))
             .chain(self.grader.iter_mut().map(|plugin| &mut plugin.component))
-            .chain(self.tools.values_mut().map(|plugin| &mut plugin.component))
+            .chain(self.tools.values_mut().flat_map(|tool| {
+                let grants = &mut tool.grants;
+                let authorities = grants.http.iter_mut().filter_map(|grant| grant.certificate_authority.as_mut());
+                let data = grants.folders.values_mut().chain(grants.sqlite.values_mut());
+                std::iter::once(&mut tool.component).chain(data).chain(authorities)
+            }))
+            .chain(self.endpoint.values_mut().filter_map(|endpoint| endpoint.certificate_authority.as_mut()))
             .chain(self.dataset.values_mut().flat_map(|set| [&mut set.train, &mut set.val, &mut set.test]).flatten());
         for path in paths {
             *path = normalise(&folder.join(&*path));

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use fulgurite_core::id::InvalidId;
+use fulgurite_grants::{CapabilityError, HttpSetupError};
 use fulgurite_policy::PolicyError;
 use fulgurite_runner::RunnerError;
 use fulgurite_runner::scripted::ScriptError;
@@ -37,6 +38,18 @@ pub enum TrainError {
         /// Why.
         #[source]
         source: ScriptError,
+    },
+    /// A grant cannot be given.
+    #[error(transparent)]
+    Capability(#[from] CapabilityError),
+    /// A model endpoint cannot be set up.
+    #[error("`endpoint.{name}`")]
+    Endpoint {
+        /// Its name.
+        name: String,
+        /// Why.
+        #[source]
+        source: HttpSetupError,
     },
     /// The policy engine failed.
     #[error("the policy engine failed")]
@@ -117,6 +130,20 @@ pub enum TrainError {
     /// A config that was not checked has no model.
     #[error("the config has neither [policy.local] nor [policy.scripted]")]
     NoPolicy,
+    /// Asked to stop, and everything that lived has ended and is recorded.
+    #[error("stopped on request; what had begun is recorded in {run}", run = .run.display())]
+    Drained {
+        /// The run's folder.
+        run: std::path::PathBuf,
+    },
+    /// A rollout cannot be forked.
+    #[error("cannot fork `{rollout}`: {problem}")]
+    Fork {
+        /// The rollout.
+        rollout: fulgurite_core::id::RolloutId,
+        /// Why not.
+        problem: String,
+    },
     /// Asked to stop.
     #[error("stopped on request; go on with `--resume`")]
     Stopped,

@@ -102,6 +102,8 @@ impl Evaluator<'_> {
                 policy_version: version,
                 resources_version: self.resources_version,
                 components: self.runner.plugins().hashes(),
+                item: item.texts().hash,
+                execution: self.runner.execution_hash(),
                 fork_of: None,
             };
             jobs.push(Job { spec, item: Arc::clone(item) });

@@ -1,21 +1,22 @@
 //! The host's side of the algorithm world, for one stage.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use fulgurite_adapter::{Sequence, Trajectory, Transition};
 use fulgurite_core::algorithm::{
-    AlgorithmHost, AlgorithmHostError, BatchEntry, GroupSpec, Item, ModelReference, Scope, TrajectoryView,
+    AlgorithmHost, AlgorithmHostError, BatchEntry, ForkRequest, GroupSpec, Item, ModelReference, Scope, TrajectoryView,
     TransitionForward, TransitionGradient, TransitionView, Verb, WaitFor, Weights,
 };
 use fulgurite_core::dataset::Split;
 use fulgurite_core::id::{RolloutId, TransitionId};
 use fulgurite_core::llm::{Message, Role, Sampling};
-use fulgurite_core::record::{RolloutMode, RolloutSpec};
+use fulgurite_core::record::{ForkPoint, RolloutMode, RolloutSpec};
 use fulgurite_core::reward::Reward;
 use fulgurite_core::seed::{Generator, Seed};
 use fulgurite_core::training::{ForwardBackwardReport, LossSpec, OptimiserReport, OptimiserStep, Stream, TrainingRow};
 use fulgurite_policy::{PolicyEngine, PolicyError};
+use fulgurite_runner::fork::fork_point;
 use fulgurite_runner::{Batch, Job, RolloutResult, Runner};
 use tokio::sync::watch;
 
@@ -70,6 +71,8 @@ pub(crate) struct StageState {
     batches: u64,
     /// Transitions that the step may train on. A step is a transaction: the next one starts empty.
     transitions: BTreeMap<TransitionId, Held>,
+    /// Transitions of the step that were made to choose or to estimate.
+    estimates: BTreeSet<TransitionId>,
 }
 
 impl StageState {
@@ -129,6 +132,7 @@ impl StageHost {
         state.enqueued = 0;
         state.imported = 0;
         state.transitions.clear();
+        state.estimates.clear();
         (std::mem::take(&mut state.scalars), std::mem::take(&mut state.notes))
     }
 
@@ -167,8 +171,8 @@ impl StageHost {
         let view = |(place, epoch): (usize, u64)| {
             items.get(place).map(|item| Item {
                 id: item.id.clone(),
-                input: item.input.to_string(),
-                reference: reads_reference.then(|| item.reference.to_string()),
+                input: item.texts().input.as_ref().to_owned(),
+                reference: reads_reference.then(|| item.texts().reference.as_ref().to_owned()),
                 epoch,
             })
         };
@@ -187,10 +191,9 @@ impl StageHost {
             };
             // An item of the test split must stay unknown to algorithms, so it is refused as if it were not there.
             let unknown = || AlgorithmHostError::Unknown { kind: "item", id: spec.item_id.clone() };
+            let fork = spec.fork_of.as_ref().map(|fork| self.fork(fork, spec)).transpose()?;
+            let split = fork.as_ref().map_or(split, |(_, split)| *split);
             let item = self.dataset.item(split, &spec.item_id).ok_or_else(unknown)?;
-            if spec.fork_of.is_some() {
-                return Err(AlgorithmHostError::Unsupported("forks".to_owned()));
-            }
             for _ in 0..spec.count {
                 if state.enqueued >= ROLLOUTS_PER_STEP_MAX {
                     let problem = format!("a step may enqueue {ROLLOUTS_PER_STEP_MAX} rollouts");
@@ -215,7 +218,9 @@ impl StageHost {
                         policy_version: self.engine.version(),
                         resources_version: self.resources_version,
                         components: self.runner.plugins().hashes(),
-                        fork_of: None,
+                        item: item.texts().hash,
+                        execution: self.runner.execution_hash(),
+                        fork_of: fork.as_ref().map(|(point, _)| point.clone()),
                     },
                     item: Arc::clone(item),
                 });
@@ -223,6 +228,29 @@ impl StageHost {
             }
         }
         Ok((jobs, places))
+    }
+
+    /// Where a group's rollouts leave their ancestor, and the split that its item is from.
+    fn fork(&self, fork: &ForkRequest, group: &GroupSpec) -> Result<(ForkPoint, Split), AlgorithmHostError> {
+        let unknown = || AlgorithmHostError::Unknown { kind: "rollout", id: fork.rollout.to_string() };
+        let ancestor = self.runner.store().rollout(&fork.rollout).map_err(runner_error)?.ok_or_else(unknown)?;
+        // Evaluations are the host's: an algorithm does not learn that they exist.
+        if ancestor.spec.mode == RolloutMode::Test {
+            return Err(unknown());
+        }
+        if ancestor.spec.item_id != group.item_id || ancestor.spec.dataset != self.stage.dataset {
+            let problem = format!("fork-of: rollout `{}` is of another item", fork.rollout);
+            return Err(AlgorithmHostError::InvalidArgument(problem));
+        }
+        // Its items are for looking at, whoever the ancestor was made for.
+        if group.mode == RolloutMode::Train && ancestor.spec.split != Split::Train {
+            let (rollout, split) = (&fork.rollout, ancestor.spec.split.as_str());
+            let problem = format!("rollout `{rollout}` is of the split `{split}`, which is not trained on");
+            return Err(AlgorithmHostError::Denied(problem));
+        }
+        let point = fork_point(&**self.runner.store(), &fork.rollout, None, fork.event)
+            .map_err(|problem| AlgorithmHostError::InvalidArgument(format!("fork-of: {problem}")))?;
+        Ok((point, ancestor.spec.split))
     }
 
     /// Turns finished rollouts into what a plugin sees and keeps their transitions for training.
@@ -250,7 +278,10 @@ impl StageHost {
             for transition in transitions {
                 let transition = Arc::new(transition);
                 seen.push(transition_view(&transition));
-                if graded {
+                // What is run to choose or to estimate is never trained on.
+                if result.spec.mode != RolloutMode::Train {
+                    state.estimates.insert(transition.id.clone());
+                } else if graded {
                     let held = Held { transition: Arc::clone(&transition), sequence: sequence.clone() };
                     state.transitions.insert(transition.id.clone(), held);
                 }
@@ -296,6 +327,10 @@ impl StageHost {
         let state = self.state();
         let mut sequences: BTreeMap<&str, Vec<(Arc<Transition>, BatchEntry)>> = BTreeMap::new();
         for entry in batch {
+            if state.estimates.contains(&entry.transition) {
+                let problem = format!("transition `{}` is of a rollout that is never trained on", entry.transition);
+                return Err(AlgorithmHostError::InvalidArgument(problem));
+            }
             let held = state.transitions.get(&entry.transition).ok_or_else(|| AlgorithmHostError::Unknown {
                 kind: "transition of this step",
                 id: entry.transition.to_string(),
@@ -338,6 +373,7 @@ fn transition_view(transition: &Transition) -> TransitionView {
     TransitionView {
         id: transition.id.clone(),
         call_index: transition.call_index,
+        event: transition.event,
         agent_role: transition.agent_role.clone(),
         prompt_tokens: count(transition.prompt_tokens()),
         completion_tokens: count(transition.sampled_tokens()),

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use fulgurite_policy::PolicyEngine;
+use fulgurite_runner::RunnerError;
+use tokio::sync::watch;
 
 use crate::config::RunConfig;
 use crate::error::TrainError;
@@ -32,6 +34,7 @@ pub async fn run(
     mut config: RunConfig,
     options: RunOptions,
     progress: Arc<dyn ProgressSink>,
+    stop: watch::Receiver<bool>,
 ) -> Result<Evaluation, TrainError> {
     // Nothing is trained here, so algorithms need not be built.
     config.stage.clear();
@@ -48,7 +51,20 @@ pub async fn run(
     let label = if setup.model.engine().is_some() { "policy" } else { "scripted" };
     let evaluator = setup.evaluator(&*progress);
     let sampling = &setup.config.rollout.sampling;
-    let found = evaluator.evaluate(label, sampling, &setup.model.backend(), version).await?;
+    // When asked to stop, begin nothing more: what lives ends and is recorded, and the same command goes on from there.
+    let runner = setup.runner.clone();
+    let drain = tokio::spawn(async move {
+        let mut stop = stop;
+        if stop.wait_for(|stop| *stop).await.is_ok() {
+            runner.drain();
+        }
+    });
+    let found = evaluator.evaluate(label, sampling, &setup.model.backend(), version).await;
+    drain.abort();
+    let found = match found {
+        Err(TrainError::Runner(RunnerError::Draining)) => return Err(TrainError::Drained { run: options.run }),
+        found => found?,
+    };
     let path = setup.run.result();
     let text = serde_json::to_vec_pretty(&found).unwrap_or_default();
     write_atomically(&path, &text).map_err(TrainError::io(&path))?;

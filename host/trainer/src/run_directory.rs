@@ -3,6 +3,8 @@
 //! ```text
 //! runs/rooms-seed0/
 //!   config.toml        the config as it was resolved
+//!   components/        every component that ran, by content hash: what replay runs again
+//!   control/           requests of other processes: cancel this rollout, cancel all
 //!   store/             rollouts, attempts and spans (sled)
 //!   checkpoints/N/     state after unit and step N; the newest whole one counts
 //!   policies/NAME/     weights at the end of each stage
@@ -15,6 +17,9 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
+
+use fulgurite_core::id::ContentHash;
+use fulgurite_runner::replay::component_file;
 
 /// Paths inside a run's folder.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,6 +50,18 @@ impl RunDirectory {
     #[must_use]
     pub fn store(&self) -> PathBuf {
         self.root.join("store")
+    }
+
+    /// Where other processes leave requests for the one that runs.
+    #[must_use]
+    pub fn control(&self) -> PathBuf {
+        self.root.join("control")
+    }
+
+    /// Components.
+    #[must_use]
+    pub fn components(&self) -> PathBuf {
+        self.root.join("components")
     }
 
     /// Checkpoints.
@@ -101,6 +118,19 @@ pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> std::io::Result<()>
     file.sync_all()?;
     std::fs::rename(&temporary, path)?;
     sync_folder(path.parent())
+}
+
+/// Keeps a copy of a component under its content hash.
+///
+/// # Errors
+/// When the disk refuses.
+pub(crate) fn keep_component(folder: &Path, component: &Path, hash: &ContentHash) -> std::io::Result<()> {
+    let kept = component_file(folder, hash);
+    if kept.exists() {
+        return Ok(());
+    }
+    std::fs::create_dir_all(folder)?;
+    write_atomically(&kept, &std::fs::read(component)?)
 }
 
 /// Makes a folder appear whole under its final name.

@@ -3,20 +3,22 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use fulgurite_core::dataset::{DatasetItem, Split};
 use fulgurite_core::llm::LlmBackend;
 use fulgurite_core::seed::Seed;
 use fulgurite_policy::{PolicyEngine, PolicyTokenizer, TokenizerConfig};
 use fulgurite_runner::scripted::{Script, ScriptedPolicy};
-use fulgurite_runner::{JinjaRenderer, Plugins, Runner, RunnerSettings};
+use fulgurite_runner::{JinjaRenderer, Plugins, Recording, RetryPolicy, Runner, RunnerSettings};
 use fulgurite_sandbox::{AlgorithmPlugin, Sandbox, SandboxSettings, Templates};
 use fulgurite_store::{RolloutStore, SledStore};
 
 use crate::config::{LocalPolicyConfig, RunConfig};
 use crate::dataset::{Dataset, corpus_of};
 use crate::error::TrainError;
-use crate::run_directory::RunDirectory;
+use crate::grants;
+use crate::run_directory::{RunDirectory, keep_component};
 
 /// Everything that a run needs, loaded and checked.
 pub(crate) struct Setup {
@@ -68,13 +70,27 @@ impl Setup {
         }
         let evaluated = datasets.get(&config.evaluation.dataset);
         let test_items = evaluated.map(|set| set.split(Split::Test).to_vec()).unwrap_or_default();
-        let sandbox = Sandbox::new(SandboxSettings { cache_dir: cache })?;
-        let mut tools = BTreeMap::new();
-        for (name, tool) in &config.tools {
-            tools.insert(name.clone(), sandbox.load_tool(&tool.component)?);
+        let guarded_cache = cache.clone();
+        let sandbox = Sandbox::new(SandboxSettings {
+            // Counting is compiled in, so it is on for all when one plugin needs it.
+            fuel: config.limits.fuel_max > 0 || config.plugin_limits().values().any(|limits| limits.fuel_max > 0),
+            ..SandboxSettings::new(cache, &config.limits)
+        })?;
+        let tools = grants::load_tools(&sandbox, &config, &run, guarded_cache.as_deref()).await?;
+        let grader = config.grader.as_ref();
+        let grader = grader.map(|grader| sandbox.load_granted_grader(&grader.component, &grader.grants)).transpose()?;
+        let splits = [Split::Train, Split::Val, Split::Test];
+        let items = datasets.values().flat_map(|set: &Arc<Dataset>| splits.map(|split| set.split(split).to_vec()));
+        let runner_grants = grants::of_runner(&config, &tools, &items.flatten().collect::<Vec<_>>())?;
+        let plugins = Plugins { agent: grants::load_agent(&sandbox, &config)?, grader, tools };
+        let mut components = vec![(&config.agent.component, plugins.agent.hash())];
+        components.extend(config.grader.as_ref().zip(plugins.grader.as_ref()).map(|(c, p)| (&c.component, p.hash())));
+        components.extend(
+            config.tools.iter().filter_map(|(name, tool)| Some((&tool.component, plugins.tools.get(name)?.hash()))),
+        );
+        for (component, hash) in components {
+            keep_component(&run.components(), component, &hash).map_err(TrainError::io(run.components()))?;
         }
-        let grader = config.grader.as_ref().map(|grader| sandbox.load_grader(&grader.component)).transpose()?;
-        let plugins = Plugins { agent: sandbox.load_agent(&config.agent.component)?, grader, tools };
         let mut algorithms = BTreeMap::new();
         for stage in config.stage.iter().chain(&config.control) {
             if !algorithms.contains_key(&stage.algorithm) {
@@ -89,12 +105,16 @@ impl Setup {
         }
         let settings = RunnerSettings {
             live_max: config.rollout.live_max,
-            attempts_max: config.rollout.attempts_max,
+            retry: RetryPolicy { attempts_max: config.rollout.attempts_max, by_kind: config.rollout.retry.clone() },
             limits: config.limits.clone(),
             outcome_reward: config.rollout.outcome_reward.clone(),
             templates: Arc::new(Templates::new(resources_version, config.templates.clone(), Arc::new(JinjaRenderer))),
+            recording: if config.rollout.record { Recording::Durable } else { Recording::Nothing },
+            worker: worker_id(),
+            control: Some(run.control()),
+            grants: runner_grants,
         };
-        let runner = Runner::new(store, plugins, settings);
+        let runner = Runner::new(store, plugins, settings)?;
         let model = match (&config.policy.local, &config.policy.scripted) {
             (Some(local), _) => Model::Local(fresh_policy(local, &datasets, seed).await?),
             (None, Some(script)) => Model::Scripted(scripted("policy", script, &test_items)?),
@@ -117,6 +137,12 @@ impl Setup {
             progress,
         }
     }
+}
+
+/// This process among all that ever worked on a run.
+fn worker_id() -> String {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    format!("{}-{}", std::process::id(), since.as_millis())
 }
 
 /// Compiles a script for the held-out items.
