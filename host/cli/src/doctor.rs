@@ -94,7 +94,7 @@ fn cache() -> Check {
         };
     };
     // Only the sandbox knows what it accepts: the folder must be private, since compiled code in it is trusted.
-    let usable = Sandbox::new(SandboxSettings { cache_dir: Some(folder.clone()) });
+    let usable = Sandbox::new(SandboxSettings { cache_dir: Some(folder.clone()), ..SandboxSettings::default() });
     let fix = usable.as_ref().err().map(|error| format!("{error}, or set FULGURITE_CACHE_DIR to another folder"));
     Check {
         name: "component cache",

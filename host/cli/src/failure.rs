@@ -77,12 +77,14 @@ impl From<TrainError> for Failure {
             TrainError::Config(_)
             | TrainError::Dataset(_)
             | TrainError::Plugin(_)
+            | TrainError::Capability(_)
+            | TrainError::Endpoint { .. }
             | TrainError::Script { .. }
             | TrainError::RunExists { .. }
             | TrainError::NothingToResume { .. }
             | TrainError::ConfigChanged { .. }
             | TrainError::MissingSplit { .. } => CODE_USAGE,
-            TrainError::Stopped => CODE_INTERRUPTED,
+            TrainError::Stopped | TrainError::Drained { .. } => CODE_INTERRUPTED,
             _ => CODE_FAILED,
         };
         let hint = matches!(error, TrainError::Algorithm { .. } | TrainError::EvaluationVoid { .. }).then(|| {

@@ -1,13 +1,18 @@
 //! The `fulgurite` binary. Standard output is data, standard error is everything else.
 
 mod arguments;
+mod bench;
 mod build;
+mod cancel;
 mod doctor;
 mod failure;
+mod fork;
 mod paths;
 mod plugin;
 mod progress;
+mod replay;
 mod rollouts;
+mod store;
 mod table;
 mod terminal;
 mod train;
@@ -42,6 +47,11 @@ fn execute(arguments: Arguments) -> Result<(), Failure> {
         Command::Plugin { command: PluginCommand::Check(arguments) } => plugin::check(&arguments),
         Command::Rollouts { command: RolloutsCommand::List(arguments) } => rollouts::list(&arguments),
         Command::Rollouts { command: RolloutsCommand::Show(arguments) } => rollouts::show(&arguments),
+        Command::Rollouts { command: RolloutsCommand::Cancel(arguments) } => cancel::cancel(&arguments),
+        Command::Replay(arguments) => runtime()?.block_on(replay::replay(arguments)),
+        Command::Fork(arguments) => runtime()?.block_on(fork::fork(arguments)),
+        Command::Bench { command } => bench::bench(command),
+        Command::Store { command } => store::execute(&command),
         Command::Doctor(arguments) => doctor::doctor(&arguments),
     }
 }

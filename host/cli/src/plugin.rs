@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow};
 use fulgurite_core::limits::Limits;
-use fulgurite_sandbox::{PluginInfo, Sandbox, SandboxSettings};
+use fulgurite_sandbox::{PluginInfo, PluginWorld, Sandbox, SandboxSettings};
 use serde_json::json;
 
 use crate::arguments::{Output, PluginCheckArguments, PluginKind, PluginNewArguments};
@@ -73,7 +73,7 @@ fn sdk(given: Option<&Path>) -> Result<PathBuf, Failure> {
 }
 
 pub(crate) fn check(arguments: &PluginCheckArguments) -> Result<(), Failure> {
-    let sandbox = Sandbox::new(SandboxSettings { cache_dir: paths::cache() }).map_err(Failure::failed)?;
+    let sandbox = Sandbox::new(SandboxSettings::new(paths::cache(), &Limits::default())).map_err(Failure::failed)?;
     let info = sandbox.inspect(&arguments.file).map_err(Failure::usage)?;
     let limits = limits(&info).map_err(Failure::failed)?;
     if arguments.output == Output::Json {
@@ -86,6 +86,7 @@ pub(crate) fn check(arguments: &PluginCheckArguments) -> Result<(), Failure> {
             "packages": info.packages.iter().cloned().collect::<std::collections::BTreeMap<_, _>>(),
             "imports": imports,
             "limits": limits,
+            "manifest": info.manifest,
         }))?;
     } else {
         print(&info, &limits);
@@ -109,6 +110,32 @@ fn limits(info: &PluginInfo) -> anyhow::Result<serde_json::Map<String, serde_jso
     Ok(info.limits.iter().filter_map(known).collect())
 }
 
+/// The plugin's place in a config.
+fn place(info: &PluginInfo) -> &'static str {
+    match info.worlds.first() {
+        Some(PluginWorld::Agent) => "agent",
+        Some(PluginWorld::Grader) => "grader",
+        _ => "tools.NAME",
+    }
+}
+
+/// What its manifest asks for, with the lines that grant it.
+fn print_asks(info: &PluginInfo) {
+    let colours = terminal::colours();
+    let title = paint(&format!("{:<10}", "needs"), Style::Bold, colours);
+    if info.manifest.asks().next().is_none() {
+        terminal::print(&format!("{title} no grants"));
+        return;
+    }
+    terminal::print(&format!("{title} (granted by lines under [{}.grants] of the config)", place(info)));
+    for (capability, ask) in info.manifest.asks() {
+        let optional = if ask.optional { ", optional" } else { "" };
+        let why = if ask.why.is_empty() { String::new() } else { format!(": {}", printable(&ask.why)) };
+        terminal::print(&format!("  {} {}{optional}{why}", capability.as_str(), printable(&ask.name)));
+        terminal::print(&paint(&format!("    {}", printable(&capability.line(&ask.name))), Style::Dim, colours));
+    }
+}
+
 fn print(info: &PluginInfo, limits: &serde_json::Map<String, serde_json::Value>) {
     let colours = terminal::colours();
     let title = |text: &str| paint(&format!("{text:<10}"), Style::Bold, colours);
@@ -123,7 +150,12 @@ fn print(info: &PluginInfo, limits: &serde_json::Map<String, serde_json::Value>)
         let mark = if import.offered { "" } else { "   not offered" };
         terminal::print(&format!("  {}{}", printable(&import.name), paint(mark, Style::Red, colours)));
     }
-    terminal::print(&format!("{} (defaults; [limits] in the config changes them)", title("limits")));
+    print_asks(info);
+    terminal::print(&format!(
+        "{} (defaults; [limits] in the config changes them, [{}.limits] narrows them)",
+        title("limits"),
+        place(info)
+    ));
     for (name, value) in limits {
         terminal::print(&format!("  {name} = {value}"));
     }

@@ -7,55 +7,71 @@ use fulgurite_core::outcome::Blame;
 use fulgurite_core::record::{AttemptRecord, RolloutRecord};
 use fulgurite_core::reward::Reward;
 use fulgurite_core::span::{LlmCall, Span, SpanBody};
-use fulgurite_store::{RolloutQuery, RolloutStore, SledStore};
+use fulgurite_runner::fork::lineage;
+use fulgurite_store::{Cursor, RolloutQuery, RolloutRow, RolloutStore, SledStore};
 
 use crate::arguments::{Output, RolloutsListArguments, RolloutsShowArguments};
 use crate::failure::{Failure, printable};
+use crate::store::{self, more, open};
 use crate::terminal::{Style, paint};
-use crate::{paths, terminal, train};
+use crate::{terminal, train};
 
 /// Longest text of a message that the tree prints, in characters.
 const TEXT_CHARACTERS_MAX: usize = 2_000;
 
-fn open(run: Option<&std::path::Path>) -> Result<SledStore, Failure> {
-    let run = paths::existing_run(run)?;
-    SledStore::open(&run.join("store")).map_err(Failure::failed)
+/// Every page of the list up to `limit`, and where to go on.
+fn rows(store: &SledStore, arguments: &RolloutsListArguments) -> Result<(Vec<RolloutRow>, Option<Cursor>), Failure> {
+    let mut query = RolloutQuery {
+        stage: arguments.stage.clone(),
+        step: arguments.step,
+        state: arguments.state,
+        mode: arguments.mode,
+        item: arguments.item.clone(),
+        outcome: arguments.outcome,
+        reward_min: arguments.reward_min,
+        reward_max: arguments.reward_max,
+        fork_of: arguments.fork_of.as_deref().map(RolloutId::new).transpose().map_err(Failure::usage)?,
+        sort: arguments.sort.into(),
+        descending: arguments.descending,
+        after: arguments.after.clone(),
+        ..RolloutQuery::default()
+    };
+    let (mut rows, mut skip) = (vec![], arguments.offset);
+    while rows.len() < arguments.limit {
+        query.limit = Some(skip.saturating_add(arguments.limit - rows.len()));
+        let page = store.rollout_page(&query).map_err(store::failure)?;
+        let skipped = skip.min(page.items.len());
+        skip -= skipped;
+        rows.extend(page.items.into_iter().skip(skipped));
+        query.after = page.next;
+        if query.after.is_none() {
+            break;
+        }
+    }
+    Ok((rows, query.after))
 }
 
 pub(crate) fn list(arguments: &RolloutsListArguments) -> Result<(), Failure> {
     let store = open(arguments.run.as_deref())?;
-    let query = RolloutQuery {
-        stage: arguments.stage.clone(),
-        step: arguments.step,
-        offset: arguments.offset,
-        limit: Some(arguments.limit),
-        ..RolloutQuery::default()
-    };
-    let rollouts = store.rollouts(&query).map_err(Failure::failed)?;
-    let mut lines = vec![];
-    for record in &rollouts {
-        let attempt = store.attempts(&record.spec.id).map_err(Failure::failed)?.pop();
-        lines.push((record, attempt));
-    }
+    let (rows, next) = rows(&store, arguments)?;
     if arguments.output == Output::Json {
-        for (rollout, attempt) in &lines {
-            train::print_json(&serde_json::json!({"rollout": rollout, "attempt": attempt}))?;
+        for row in &rows {
+            train::print_json(&serde_json::json!({"rollout": row.rollout, "attempt": row.attempt}))?;
         }
-        return Ok(());
+    } else {
+        let colours = terminal::colours();
+        let head = format!("{:<32} {:<10} {:<16} {:>7} {:>6}  item", "rollout", "state", "outcome", "reward", "spans");
+        terminal::print(&paint(&head, Style::Bold, colours));
+        for row in &rows {
+            terminal::print(&list_line(row, colours));
+        }
     }
-    let colours = terminal::colours();
-    let head = format!("{:<32} {:<10} {:<16} {:>7} {:>6}  item", "rollout", "state", "outcome", "reward", "spans");
-    terminal::print(&paint(&head, Style::Bold, colours));
-    for (record, attempt) in &lines {
-        terminal::print(&list_line(record, attempt.as_ref(), colours));
-    }
-    if rollouts.len() == arguments.limit {
-        eprintln!("more: --offset {}", arguments.offset + arguments.limit);
-    }
+    more(next.as_ref());
     Ok(())
 }
 
-fn list_line(record: &RolloutRecord, attempt: Option<&AttemptRecord>, colours: bool) -> String {
+fn list_line(row: &RolloutRow, colours: bool) -> String {
+    let (record, attempt) = (&row.rollout, row.attempt.as_ref());
     let outcome = attempt.and_then(|attempt| attempt.outcome.as_ref());
     let kind = outcome.map_or("-", |outcome| outcome.kind.as_str());
     let style = match outcome.and_then(|outcome| outcome.kind.blame()) {
@@ -63,16 +79,12 @@ fn list_line(record: &RolloutRecord, attempt: Option<&AttemptRecord>, colours: b
         Some(Blame::Policy) => Style::Yellow,
         Some(Blame::AgentCode | Blame::Infrastructure) => Style::Red,
     };
-    let reward: Option<f64> = attempt.filter(|attempt| !attempt.rewards.is_empty()).map(|attempt| {
-        let own = attempt.rewards.iter().filter(|reward| reward.dimension == fulgurite_core::reward::DEFAULT_DIMENSION);
-        own.map(|reward| reward.value).sum()
-    });
     format!(
         "{:<32} {:<10} {} {:>7} {:>6}  {}",
         record.spec.id.as_str(),
         record.state.as_str(),
         paint(&format!("{kind:<16}"), style, colours),
-        reward.map_or("-".to_owned(), |reward| format!("{reward:.3}")),
+        row.reward().map_or("-".to_owned(), |reward| format!("{reward:.3}")),
         attempt.map_or(0, |attempt| attempt.spans),
         printable(&record.spec.item_id),
     )
@@ -81,10 +93,10 @@ fn list_line(record: &RolloutRecord, attempt: Option<&AttemptRecord>, colours: b
 pub(crate) fn show(arguments: &RolloutsShowArguments) -> Result<(), Failure> {
     let store = open(arguments.run.as_deref())?;
     let id = RolloutId::new(&arguments.rollout).map_err(Failure::usage)?;
-    let record = store.rollout(&id).map_err(Failure::failed)?.ok_or_else(|| {
+    let record = store.rollout(&id).map_err(store::failure)?.ok_or_else(|| {
         Failure::usage(anyhow!("there is no rollout `{id}` in this run")).hint("`fulgurite rollouts list` lists them")
     })?;
-    let attempts = store.attempts(&id).map_err(Failure::failed)?;
+    let attempts = store.attempts(&id).map_err(store::failure)?;
     let wanted = arguments.attempt.map(AttemptNumber);
     let attempt = match wanted {
         Some(number) => attempts.iter().find(|attempt| attempt.key.attempt == number),
@@ -94,7 +106,11 @@ pub(crate) fn show(arguments: &RolloutsShowArguments) -> Result<(), Failure> {
         let given = wanted.map_or("any attempt yet".to_owned(), |number| format!("an attempt {number}"));
         Failure::usage(anyhow!("rollout `{id}` does not have {given}; it has {}", attempts.len()))
     })?;
-    let spans = store.spans(&attempt.key).map_err(Failure::failed)?;
+    // A fork is shown whole: its beginning is its ancestor's.
+    let spans = match &record.spec.fork_of {
+        Some(_) => lineage(&store, &attempt.key).map_err(|problem| Failure::failed(anyhow!(problem)))?.spans.to_vec(),
+        None => store.spans(&attempt.key).map_err(store::failure)?,
+    };
     if arguments.output == Output::Json {
         return train::print_json(&serde_json::json!({"rollout": record, "attempt": attempt, "spans": spans}));
     }
@@ -139,6 +155,15 @@ fn header(record: &RolloutRecord, attempt: &AttemptRecord, attempts: usize, colo
             attempt.guest_cpu_us,
         ),
     ];
+    if let Some(fork) = &spec.fork_of {
+        lines.push(format!(
+            "  fork of {} at event {}, whose prefix is from policy {}",
+            fork.rollout, fork.event, fork.policy_version
+        ));
+    }
+    if let Some(reason) = &attempt.not_forkable {
+        lines.push(format!("  cannot be forked: {}", printable(reason)));
+    }
     if let Some(outcome) = outcome.filter(|outcome| !outcome.detail.is_empty()) {
         lines.push(paint(&format!("  {}", printable(&outcome.detail)), Style::Red, colours));
     }
@@ -157,6 +182,11 @@ fn depth(span: &Span, spans: &[Span]) -> usize {
         depth += usize::from(parent.is_some());
     }
     depth
+}
+
+/// What one event is about.
+pub(crate) fn event_lines(span: &Span, colours: bool) -> Vec<String> {
+    tree_lines(span, &mut vec![], colours)
 }
 
 fn tree_lines(span: &Span, messages: &mut Vec<Message>, colours: bool) -> Vec<String> {

@@ -53,9 +53,18 @@ pub(crate) async fn run(arguments: RunArguments) -> Result<(), Failure> {
     });
     let options = RunOptions { run: run.clone(), policy: arguments.policy, cache: paths::cache() };
     let progress = Arc::new(TerminalProgress::new());
+    let (stop, stopped) = watch::channel(false);
+    let mut running = Box::pin(fulgurite_trainer::run(config, options, progress, stopped));
     let evaluation = tokio::select! {
-        evaluation = fulgurite_trainer::run(config, options, progress) => evaluation?,
-        _ = tokio::signal::ctrl_c() => return Err(TrainError::Stopped.into()),
+        evaluation = &mut running => evaluation?,
+        _ = tokio::signal::ctrl_c() => {
+            eprintln!("stopping; what has begun goes on to its end and is recorded (Ctrl-C again to stop at once)");
+            stop.send_replace(true);
+            tokio::select! {
+                evaluation = &mut running => evaluation?,
+                _ = tokio::signal::ctrl_c() => return Err(TrainError::Stopped.into()),
+            }
+        }
     };
     match arguments.output {
         Output::Text => {

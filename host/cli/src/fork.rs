@@ -1,0 +1,49 @@
+//! `fulgurite fork`: runs a recorded rollout again up to a model call and lets it go on from there.
+
+use std::sync::Arc;
+
+use fulgurite_core::id::{AttemptNumber, RolloutId};
+use fulgurite_core::reward::DEFAULT_DIMENSION;
+use fulgurite_trainer::ForkOptions;
+
+use crate::arguments::{ForkArguments, Output};
+use crate::failure::Failure;
+use crate::progress::TerminalProgress;
+use crate::replay::config_of;
+use crate::{paths, terminal, train};
+
+pub(crate) async fn fork(arguments: ForkArguments) -> Result<(), Failure> {
+    let run = paths::existing_run(arguments.run.as_deref())?;
+    let config = config_of(&run)?;
+    let options = ForkOptions {
+        run,
+        rollout: RolloutId::new(arguments.rollout).map_err(Failure::usage)?,
+        attempt: arguments.attempt.map(AttemptNumber),
+        call: arguments.at,
+        count: arguments.count,
+        policy: arguments.policy,
+        cache: paths::cache(),
+    };
+    let forks = fulgurite_trainer::fork(config, options, Arc::new(TerminalProgress::new())).await?;
+    if arguments.output == Output::Text {
+        terminal::print(&format!("{:<40} {:<16} {:>7} {:>6}", "fork", "outcome", "reward", "events"));
+    }
+    for fork in forks {
+        let rewards = fork.attempt.rewards.iter().filter(|reward| reward.dimension == DEFAULT_DIMENSION);
+        let reward: f64 = rewards.map(|reward| reward.value).sum();
+        if arguments.output == Output::Json {
+            train::print_json(&serde_json::json!({
+                "rollout": fork.spec.id,
+                "fork_of": fork.spec.fork_of,
+                "policy_version": fork.spec.policy_version,
+                "outcome": fork.outcome,
+                "rewards": fork.attempt.rewards,
+                "events": fork.spans.len(),
+            }))?;
+        } else {
+            let (id, kind) = (fork.spec.id.as_str(), fork.outcome.kind.as_str());
+            terminal::print(&format!("{id:<40} {kind:<16} {reward:>7.3} {:>6}", fork.spans.len()));
+        }
+    }
+    Ok(())
+}
