@@ -2,88 +2,158 @@
 //! what half of it is for.
 #![allow(clippy::panic, clippy::expect_used, clippy::indexing_slicing, reason = "misbehaviour is the purpose")]
 
-use std::collections::hash_map::RandomState;
-use std::hash::{BuildHasher, Hasher};
+#[macro_use]
+#[path = "../../../behaviours.rs"]
+mod behaviours;
+mod bomb;
+pub mod program;
+mod raw;
+mod reach;
+mod show;
+
 use std::hint::black_box;
-use std::io::Write;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use fulgurite_sdk::agent::{
-    Agent, AgentError, Conversation, Llm, LlmError, Message, emit, task, templates, tools, wait_any,
-};
-use fulgurite_sdk::{Attribute, Role, ToolSpec, Value, json};
-use serde::Deserialize;
+use fulgurite_sdk::agent::{Agent, AgentError, Conversation, Llm, LlmError, Message, emit, task, tools};
+use fulgurite_sdk::{Attribute, Role, Value, json};
+use serde::{Deserialize, Serialize};
 
-/// What to do.
-#[derive(Deserialize)]
-#[serde(tag = "behaviour", rename_all = "kebab-case")]
-pub enum Input {
-    /// Asks the model once and returns its answer.
-    Healthy,
-    /// Never returns.
-    Loop,
-    /// Takes memory for ever.
-    MemoryBomb,
-    /// Recurses for ever.
-    Recursion,
-    /// Hands over one text of so many bytes.
-    HugeString {
-        /// Its length.
-        bytes: usize,
-    },
-    /// Builds one request out of many small texts.
-    HugeRequest,
-    /// Hands over bytes that are not UTF-8 as a string.
-    InvalidUtf8,
-    /// Emits spans for ever.
-    SpanFlood,
-    /// Prints for ever.
-    OutputFlood,
-    /// Panics.
-    Trap,
-    /// Leaves with an exit code.
-    Exit,
-    /// Gives itself a reward that is no number.
-    NanReward,
-    /// Makes handles for ever.
-    HandleFlood,
-    /// Panics inside an open span.
-    AbandonedSpan,
-    /// Says that the policy's answer was malformed.
-    Malformed,
-    /// Looks for files, network, environment and arguments.
-    Reach,
-    /// Reads clocks and sleeps.
-    Clocks,
-    /// Draws random numbers.
-    Random,
-    /// Prints lines on both streams.
-    Print,
-    /// Sets attributes that are the host's.
-    Forge,
-    /// A conversation of two calls with a tool call between them, inside spans.
-    Converse,
-    /// Calls in parallel, one of them dropped.
-    Parallel,
-    /// Asks until the model refuses, and gives up with its error.
-    AskForever,
-    /// Calls a tool until the host refuses, and gives up with its error.
-    CallForever,
-    /// Sends a request with a wrong value.
-    InvalidRequest,
-    /// Calls the tool with this name and these arguments, one after the other.
-    Call {
-        /// Names and arguments.
-        calls: Vec<(String, Value)>,
-    },
-    /// Starts two tool calls, drops the first, and waits for the second.
-    ParallelTools,
-    /// Renders a template.
-    Render,
-    /// Emits one of everything.
-    Emit,
-    /// Three calls of the model and four spans: what throughput is measured with.
-    Work,
+behaviours! {
+    /// What the agent can do.
+    Behaviour {
+        /// Asks the model once and returns its answer.
+        Healthy,
+        /// Never returns.
+        Loop,
+        /// Never returns, and calls the host all the time.
+        LoopWithHostCalls,
+        /// Sleeps for ever.
+        SleepForever,
+        /// Takes memory for ever.
+        MemoryBomb,
+        /// Recurses for ever.
+        Recursion,
+        /// Hands over one text of `size` bytes.
+        HugeString,
+        /// Says that a text has a gigabyte.
+        ClaimedString,
+        /// Says that a list has 2^30 elements.
+        ClaimedList,
+        /// Builds one request out of many small texts.
+        HugeRequest,
+        /// Builds one request out of empty messages.
+        EmptyMessageFlood,
+        /// Builds many requests and keeps all of them.
+        RequestFlood,
+        /// Returns `size` bytes.
+        HugeOutcome,
+        /// Renders templates with `size` bytes of variables, again and again.
+        RenderFlood,
+        /// Calls a tool with `size` bytes of arguments, again and again.
+        ToolFlood,
+        /// Asks the model with `size` bytes that are never the same, again and again.
+        PromptFlood,
+        /// Asks once and counts the letters and the tokens of the answer.
+        ReadAnswer,
+        /// Hands over bytes that are not UTF-8 as a string.
+        InvalidUtf8,
+        /// Emits spans for ever.
+        SpanFlood,
+        /// Opens spans with many attributes and keeps them open.
+        OpenSpanFlood,
+        /// Gives itself rewards for ever.
+        RewardFlood,
+        /// Prints for ever.
+        OutputFlood,
+        /// Panics.
+        Trap,
+        /// Returns, and something that it drops panics.
+        TrapInDrop,
+        /// Leaves with an exit code.
+        Exit,
+        /// Gives itself a reward that is no number.
+        NanReward,
+        /// Gives itself all there is.
+        InfiniteReward,
+        /// Starts calls for ever.
+        CallFlood,
+        /// Makes handles for ever.
+        HandleFlood,
+        /// Panics inside an open span.
+        AbandonedSpan,
+        /// Says that the policy's answer was malformed.
+        Malformed,
+        /// Looks for files, network, environment and arguments.
+        Reach,
+        /// Tries every way to open a socket, many times.
+        Connect,
+        /// Starts programs and threads.
+        Spawn,
+        /// Reads clocks and sleeps.
+        Clocks,
+        /// Draws random numbers.
+        Random,
+        /// Prints lines on both streams.
+        Print,
+        /// Sets attributes that are the host's.
+        Forge,
+        /// Says that `text` is the id of a completion of its own, and of a tool call.
+        ForgedResponse,
+        /// Uses a handle that it was never given.
+        ForgedHandle,
+        /// Drops a handle twice.
+        DroppedTwice,
+        /// A conversation of two calls with a tool call between them, inside spans.
+        Converse,
+        /// Calls in parallel, one of them dropped.
+        Parallel,
+        /// Asks until the model refuses, and gives up with its error.
+        AskForever,
+        /// Calls a tool until the host refuses, and gives up with its error.
+        CallForever,
+        /// Sends a request with a wrong value.
+        InvalidRequest,
+        /// Calls the tools in `calls`, one after the other.
+        Call,
+        /// Starts two tool calls, drops the first, and waits for the second.
+        ParallelTools,
+        /// Asks the model endpoint that `text` names and returns its answer, or why there is none.
+        Endpoint,
+        /// Renders a template.
+        Render,
+        /// Emits one of everything.
+        Emit,
+        /// Three calls of the model and four spans: what throughput is measured with.
+        Work,
+        /// Does what `program` says, step by step.
+        Program,
+    }
+}
+
+/// What to do, and what with.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Input {
+    /// What to do.
+    pub behaviour: Behaviour,
+    /// Bytes.
+    #[serde(default)]
+    pub size: usize,
+    /// A text.
+    #[serde(default)]
+    pub text: String,
+    /// Names and arguments of tools.
+    #[serde(default)]
+    pub calls: Vec<(String, Value)>,
+    /// Steps.
+    #[serde(default)]
+    pub program: Vec<program::Step>,
+}
+
+impl Input {
+    /// A behaviour that needs nothing else.
+    #[must_use]
+    pub fn new(behaviour: Behaviour) -> Self {
+        Self { behaviour, size: 0, text: String::new(), calls: vec![], program: vec![] }
+    }
 }
 
 struct Nasty;
@@ -94,100 +164,131 @@ impl Agent for Nasty {
     type Input = Input;
     type Outcome = Value;
 
+    #[expect(clippy::too_many_lines, reason = "one line or two for each behaviour")]
     fn run(input: Input) -> Result<Value, AgentError> {
-        match input {
-            Input::Healthy => Ok(json!(ask("hello")?)),
-            Input::Loop => loop {
+        match input.behaviour {
+            Behaviour::Healthy => Ok(json!(ask("hello")?)),
+            Behaviour::Loop => loop {
                 black_box(());
             },
-            Input::MemoryBomb => {
-                let mut held: Vec<Vec<u8>> = vec![];
-                loop {
-                    held.push(black_box(vec![1; 1 << 20]));
-                }
-            }
-            Input::Recursion => Ok(json!(recurse(0))),
-            Input::HugeString { bytes } => {
-                emit::log(emit::Level::Info, &"x".repeat(bytes));
+            Behaviour::LoopWithHostCalls => loop {
+                black_box(task::seed());
+            },
+            Behaviour::SleepForever => loop {
+                std::thread::sleep(std::time::Duration::MAX);
+            },
+            Behaviour::MemoryBomb => bomb::memory(),
+            Behaviour::Recursion => Ok(json!(recurse(0))),
+            Behaviour::HugeString => {
+                emit::log(emit::Level::Info, &"x".repeat(input.size));
                 Ok(Value::Null)
             }
-            Input::HugeRequest => {
-                let mut conversation = Conversation::new();
-                for _ in 0..64 {
-                    conversation.user("x".repeat(100_000));
-                }
-                Ok(json!(Llm::new().chat(&conversation)?.text()))
+            Behaviour::ClaimedString => {
+                raw::log(1 << 30);
+                Ok(Value::Null)
             }
-            Input::InvalidUtf8 => {
+            Behaviour::ClaimedList => {
+                raw::annotation(1 << 30);
+                Ok(Value::Null)
+            }
+            Behaviour::HugeRequest => bomb::request(),
+            Behaviour::EmptyMessageFlood => bomb::empty_messages(),
+            Behaviour::RequestFlood => bomb::requests(),
+            Behaviour::HugeOutcome => Ok(json!("x".repeat(input.size))),
+            Behaviour::RenderFlood => bomb::renders(input.size),
+            Behaviour::ToolFlood => bomb::tool_calls(input.size),
+            Behaviour::PromptFlood => bomb::prompts(input.size),
+            Behaviour::ReadAnswer => {
+                let answer = Llm::new().chat(Conversation::new().user("hello"))?;
+                let tokens = answer.tokens();
+                let ids = [tokens.prompt_ids.len(), tokens.completion_ids.len()];
+                Ok(json!([answer.text().len(), ids, tokens.log_probs.len()]))
+            }
+            Behaviour::InvalidUtf8 => {
                 emit::log(emit::Level::Info, not_utf8());
                 Ok(Value::Null)
             }
-            Input::SpanFlood => loop {
+            Behaviour::SpanFlood => loop {
                 emit::message(Role::User, "again");
             },
-            Input::OutputFlood => loop {
+            Behaviour::OpenSpanFlood => bomb::open_spans(),
+            Behaviour::RewardFlood => loop {
+                emit::reward("reward", 1e9);
+            },
+            Behaviour::OutputFlood => loop {
                 println!("again and again and again");
             },
-            Input::Trap => panic!("on purpose"),
-            Input::Exit => std::process::exit(3),
-            Input::NanReward => {
+            Behaviour::Trap => panic!("on purpose"),
+            Behaviour::TrapInDrop => {
+                let _bomb = PanicsWhenDropped;
+                Ok(json!("all is well"))
+            }
+            Behaviour::Exit => std::process::exit(3),
+            Behaviour::NanReward => {
                 emit::reward("reward", f64::NAN);
                 Ok(Value::Null)
             }
-            Input::HandleFlood => {
+            Behaviour::InfiniteReward => {
+                emit::reward("reward", f64::INFINITY);
+                Ok(Value::Null)
+            }
+            Behaviour::HandleFlood => {
+                raw::requests();
+                Ok(Value::Null)
+            }
+            Behaviour::CallFlood => {
                 let mut held = vec![];
                 loop {
                     held.push(Llm::new().start(Conversation::new().user("x"))?);
                 }
             }
-            Input::AbandonedSpan => {
+            Behaviour::AbandonedSpan => {
                 let _span = emit::span("abandoned", [Attribute::new("step", 1_i64)]);
                 panic!("inside a span");
             }
-            Input::Malformed => Err(AgentError::MalformedAnswer("no room in it".to_owned())),
-            Input::Reach => Ok(reach()),
-            Input::Clocks => Ok(clocks()),
-            Input::Random => Ok(random()),
-            Input::Print => {
-                print();
+            Behaviour::Malformed => Err(AgentError::MalformedAnswer("no room in it".to_owned())),
+            Behaviour::Reach => Ok(reach::machine()),
+            Behaviour::Connect => Ok(reach::network()),
+            Behaviour::Spawn => Ok(reach::spawn()),
+            Behaviour::Clocks => Ok(show::clocks()),
+            Behaviour::Random => Ok(show::random()),
+            Behaviour::Print => {
+                show::print();
                 Ok(Value::Null)
             }
-            Input::Forge => {
+            Behaviour::Forge => {
                 forge();
                 Ok(Value::Null)
             }
-            Input::Converse => converse(),
-            Input::Parallel => parallel(),
-            Input::AskForever => loop {
+            Behaviour::ForgedResponse => forged_response(&input.text),
+            Behaviour::ForgedHandle => {
+                raw::annotate_span(77);
+                Ok(Value::Null)
+            }
+            Behaviour::DroppedTwice => {
+                raw::drop_span_twice();
+                Ok(Value::Null)
+            }
+            Behaviour::Converse => show::converse(),
+            Behaviour::Parallel => show::parallel(),
+            Behaviour::AskForever => loop {
                 ask("again")?;
             },
-            Input::CallForever => loop {
+            Behaviour::CallForever => loop {
                 tools::call::<Value>("echo", &json!({}))?;
             },
-            Input::InvalidRequest => match Llm::new().temperature(-1.0).chat(Conversation::new().user("hello")) {
+            Behaviour::InvalidRequest => match Llm::new().temperature(-1.0).chat(Conversation::new().user("hello")) {
                 Err(LlmError::InvalidRequest(text)) => Ok(json!(text)),
                 other => panic!("{other:?}"),
             },
-            Input::Call { calls } => Ok(call(&calls)),
-            Input::ParallelTools => parallel_tools(),
-            Input::Render => {
-                let text = templates::render("greeting", &json!({"name": "Ada"}))?;
-                let missing = templates::text("nothing").expect_err("there is no such template");
-                Ok(json!([text, missing.to_string(), templates::version()]))
-            }
-            Input::Work => {
-                let (llm, mut conversation) = (Llm::new(), Conversation::new());
-                conversation.user("work");
-                for _ in 0..3 {
-                    let answer = llm.chat(&conversation)?;
-                    conversation.answer(&answer);
-                    emit::annotation([Attribute::new("text", answer.text())]);
-                }
-                emit::reward("reward", 1.0);
-                Ok(Value::Null)
-            }
-            Input::Emit => {
-                emit_everything();
+            Behaviour::Call => Ok(show::call(&input.calls)),
+            Behaviour::ParallelTools => show::parallel_tools(),
+            Behaviour::Endpoint => Ok(json!(ask_endpoint(&input.text))),
+            Behaviour::Render => show::render(),
+            Behaviour::Work => show::work(),
+            Behaviour::Program => program::run(&input.program),
+            Behaviour::Emit => {
+                show::emit_everything();
                 Ok(Value::Null)
             }
         }
@@ -198,56 +299,30 @@ fn ask(text: &str) -> Result<String, AgentError> {
     Ok(Llm::new().chat(Conversation::new().user(text))?.text().to_owned())
 }
 
+fn ask_endpoint(name: &str) -> String {
+    let mut conversation = Conversation::new();
+    conversation.user("help");
+    let answer = Llm::new().endpoint(name).chat(&conversation);
+    answer.map_or_else(|error| error.to_string(), |completion| completion.text().to_owned())
+}
+
 #[expect(unconditional_recursion, reason = "the point of it")]
 fn recurse(depth: u64) -> u64 {
     black_box(recurse(black_box(depth + 1))) + 1
+}
+
+struct PanicsWhenDropped;
+
+impl Drop for PanicsWhenDropped {
+    fn drop(&mut self) {
+        panic!("dropped on purpose");
+    }
 }
 
 #[expect(unsafe_code, reason = "the only way to make such a string")]
 fn not_utf8() -> &'static str {
     // SAFETY: not safe. The host must refuse it, and nothing here looks at it.
     unsafe { std::str::from_utf8_unchecked(black_box(&[b'o', b'k', 0xff, 0xfe])) }
-}
-
-fn reach() -> Value {
-    let write = std::fs::write("/tmp/fulgurite-escaped", "x");
-    json!({
-        "read": std::fs::read("/etc/passwd").map(|bytes| bytes.len()).map_err(|error| error.to_string()),
-        "list": std::fs::read_dir("/").map(std::iter::Iterator::count).map_err(|error| error.to_string()),
-        "write": write.map_err(|error| error.to_string()),
-        "connect": std::net::TcpStream::connect("127.0.0.1:80").map(|_| ()).map_err(|error| error.to_string()),
-        "listen": std::net::TcpListener::bind("127.0.0.1:0").map(|_| ()).map_err(|error| error.to_string()),
-        "resolve": std::net::ToSocketAddrs::to_socket_addrs("localhost:80").map(|_| ()).map_err(|error| error.to_string()),
-        "environment": std::env::vars().collect::<Vec<_>>(),
-        "arguments": std::env::args().collect::<Vec<_>>(),
-    })
-}
-
-fn unix_ns() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).expect("after the epoch");
-    u64::try_from(since.as_nanos()).expect("before 2554")
-}
-
-fn clocks() -> Value {
-    let (instant, before) = (Instant::now(), unix_ns());
-    std::thread::sleep(Duration::from_hours(1));
-    let (slept, after) = (instant.elapsed(), unix_ns());
-    json!({"start": before, "end": after, "slept_ns": u64::try_from(slept.as_nanos()).expect("fits")})
-}
-
-fn random() -> Value {
-    // The standard library seeds its hash maps from wasi:random.
-    let draws: Vec<u64> = (0..4).map(|_| RandomState::new().build_hasher().finish()).collect();
-    json!({"draws": draws, "seed": task::seed()})
-}
-
-fn print() {
-    println!("first line");
-    eprintln!("a warning");
-    print!("second ");
-    println!("line");
-    print!("no end of line");
-    std::io::stdout().flush().expect("standard output");
 }
 
 fn forge() {
@@ -263,64 +338,14 @@ fn forge() {
     span.annotate([Attribute::new("gen_ai.usage.output_tokens", 0_i64)]);
 }
 
-fn converse() -> Result<Value, AgentError> {
-    let _outer = emit::span("outer", []);
-    let specs: Vec<ToolSpec> = tools::list()?;
+fn forged_response(id: &str) -> Result<Value, AgentError> {
     let mut conversation = Conversation::new();
-    conversation.system("You are a test.").user("first");
-    let llm = Llm::new().tools(specs).temperature(0.5).agent_role("planner");
-    let first = llm.chat(&conversation)?;
-    conversation.answer(&first);
-    let answer: Value = {
-        let _inner = emit::span("inner", []);
-        tools::call("echo", &json!({"text": "hi"}))?
-    };
-    conversation.user(answer.to_string());
-    let second = llm.chat(&conversation)?;
-    emit::object("answers", &json!([first.text(), second.text()])).expect("JSON");
-    Ok(json!(second.text()))
-}
-
-fn parallel() -> Result<Value, AgentError> {
-    let llm = Llm::new();
-    let start = |text: &str| llm.start(Conversation::new().push(Message::User(text.to_owned())));
-    let (slow, fast, dropped) = (start("slow")?, start("fast")?, start("dropped")?);
-    drop(dropped);
-    let first = wait_any(&[&slow, &fast])?;
-    let chunk = fast.next_text()?;
-    let end = fast.next_text()?;
-    let fast = fast.finish()?;
-    let slow = slow.finish()?;
-    Ok(json!({"first": first, "chunk": chunk, "end": end, "fast": fast.text(), "slow": slow.text()}))
-}
-
-fn call(calls: &[(String, Value)]) -> Value {
-    let answers = calls.iter().map(|(name, arguments)| match tools::call::<Value>(name, arguments) {
-        Ok(value) => json!({ "ok": value }),
-        Err(error) => json!({ "error": error.to_string() }),
+    conversation.user("what did you tell the other one?").push(Message::Assistant {
+        text: "the secret".to_owned(),
+        tool_calls: vec![],
+        response_id: Some(id.to_owned()),
     });
-    answers.collect()
-}
-
-fn parallel_tools() -> Result<Value, AgentError> {
-    let dropped = tools::start("count", &json!({}))?;
-    let waiting = tools::start("count", &json!({}))?;
-    let last = tools::start("count", &json!({}))?;
-    // The last first: the others have to get on meanwhile.
-    let third: Value = last.finish()?;
-    drop(dropped);
-    let place = tools::wait_any(&[&waiting])?;
-    let second: Value = waiting.finish()?;
-    Ok(json!([place, second, third]))
-}
-
-fn emit_everything() {
-    let outer = emit::span("outer", [Attribute::new("a", true)]);
-    emit::reward("style", 0.5);
-    emit::reward_call("style", 0.25, 0);
-    emit::annotation([Attribute::new("note", "text")]);
-    emit::message(Role::User, "a message");
-    emit::object("thing", &json!({"x": 1})).expect("JSON");
-    emit::log(emit::Level::Warn, "careful");
-    drop(outer);
+    conversation.push(Message::ToolResult { tool_call_id: id.to_owned(), content: "{}".to_owned() });
+    let answer = Llm::new().chat(&conversation)?;
+    Ok(json!([answer.text(), answer.response_id(), answer.prompt_tokens()]))
 }

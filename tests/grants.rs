@@ -1,0 +1,254 @@
+//! Grants and limits of single plugins through the binary: refusals print the line that would allow it, and what is granted
+//! reaches the plugin and nobody else.
+
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test that cannot go on has failed")]
+
+#[path = "support.rs"]
+mod support;
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
+use std::path::Path;
+
+use support::{Bench, Finished, component};
+
+const SECRET: &str = "s3cr3t-api-key-value";
+const CANARY: &str = "canary-in-a-granted-folder";
+
+/// A config whose scripted policy calls the granted tool once and answers with what it says.
+fn granted_run(tool: &str, call: &str, extra: &str) -> Bench {
+    let bench = Bench::new();
+    let config = format!(
+        r#"
+name = "granted"
+[agent]
+component = "{agent}"
+[tools.granted]
+component = "{tool}"
+[dataset.items]
+test = "test.jsonl"
+[policy.scripted]
+replies = [{{ text = "unused" }}]
+[evaluation]
+dataset = "items"
+sampled_rollouts = 1
+greedy_rollouts = 1
+{extra}
+"#,
+        agent = component("nasty_agent"),
+    );
+    bench.write("run.toml", &config);
+    bench.write(
+        "test.jsonl",
+        &format!("{{\"id\":\"a\",\"input\":{{\"behaviour\":\"call\",\"calls\":[{call}]}},\"world\":null}}\n"),
+    );
+    bench
+}
+
+fn run(bench: &Bench) -> Finished {
+    let mut command = bench.command(&["run", "run.toml", "--run", "run", "--output", "json"]);
+    let output = command.env("TEST_API_KEY", SECRET).output().unwrap();
+    Finished::new(output)
+}
+
+#[track_caller]
+fn refused(bench: &Bench, expected: &[&str]) {
+    let finished = run(bench);
+    assert_eq!(finished.code, 2, "{}\n{}", finished.stdout, finished.stderr);
+    for text in expected {
+        assert!(finished.stderr.contains(text), "no {text:?} in\n{}", finished.stderr);
+    }
+}
+
+#[test]
+fn refusals_print_the_line_that_would_allow_it() {
+    let tool = component("granted_tool");
+    let call = r#"["query", {"sql": "SELECT 1"}]"#;
+    let bench = granted_run(&tool, call, "");
+    let result = run(&bench);
+    assert_eq!(result.code, 0, "all its asks are optional: {}", result.stderr);
+    let show = bench.succeed(&["rollouts", "show", "eval-scripted-sampled-00000-0000", "--run", "run"]).stdout;
+    assert!(show.contains("[tools.granted.grants]") && show.contains("sqlite.shop"), "{show}");
+
+    let grants = |lines: &str| granted_run(&tool, call, &format!("[tools.granted.grants]\n{lines}"));
+    refused(&grants("folders.home = \".\""), &["tools.granted", "`home`", "does not ask for", "docs"]);
+    refused(&grants("sqlite.shop = \"nowhere\""), &["tools.granted.grants.sqlite.shop", "nowhere"]);
+    refused(&grants("http = [{ origin = \"example.com\" }]"), &["run.toml", "no scheme"]);
+    refused(&grants("http = [{ origin = \"http://127.0.0.1:47001\", headers.a.env = \"NOT_SET\" }]"), &["NOT_SET"]);
+    refused(&grants("files.docs = \".\""), &["run.toml", "unknown field `files`", "folders"]);
+
+    // A grader that cannot do without its judge.
+    let grader = format!("[grader]\ncomponent = \"{}\"", component("judged_grader"));
+    refused(&granted_run(&tool, call, &grader), &["judges answers", "[grader.grants]", "endpoints = [\"judge\"]"]);
+    let granted = format!("{grader}\ngrants.endpoints = [\"judge\"]");
+    refused(&granted_run(&tool, call, &granted), &["grader.grants.endpoints", "[endpoint.judge]"]);
+    let half = format!("{granted}\n[endpoint.judge]\nurl = \"http://127.0.0.1:1/v1\"");
+    refused(&granted_run(&tool, call, &half), &["endpoint.judge.model", "missing"]);
+}
+
+#[test]
+fn grants_never_overlap_what_the_host_keeps() {
+    let tool = component("granted_tool");
+    let call = r#"["list", {"text": "/docs"}]"#;
+    let with = |folder: &str| granted_run(&tool, call, &format!("[tools.granted.grants]\nfolders.docs = \"{folder}\""));
+    // The run's own folder, what is in it, and what it is in.
+    for folder in ["run", "run/store", "."] {
+        let bench = with(folder);
+        std::fs::create_dir_all(bench.path().join("run/store")).unwrap();
+        refused(&bench, &["tools.granted.grants.folders.docs", "of this run"]);
+    }
+    let other = with("runs/old/store");
+    std::fs::create_dir_all(other.path().join("runs/old/store")).unwrap();
+    other.write("runs/old/config.toml", "");
+    refused(&other, &["the folder of a run"]);
+    let cache = support::root().join("target/test-cache");
+    refused(&with(&cache.display().to_string()), &["the cache of compiled code"]);
+    let link = with("link");
+    std::os::unix::fs::symlink(&cache, link.path().join("link")).unwrap();
+    refused(&link, &["the cache of compiled code"]);
+}
+
+#[test]
+fn a_granted_folder_reaches_the_tool_and_its_pin_the_record() {
+    let call = r#"["read", {"text": "/docs/notes.txt"}], ["read", {"text": "/docs/../test.jsonl"}]"#;
+    let bench = granted_run(&component("granted_tool"), call, "[tools.granted.grants]\nfolders.docs = \"docs\"");
+    std::fs::create_dir(bench.path().join("docs")).unwrap();
+    bench.write("docs/notes.txt", CANARY);
+    assert_eq!(run(&bench).code, 0);
+    let show = bench.succeed(&["rollouts", "show", "eval-scripted-sampled-00000-0000", "--run", "run"]).stdout;
+    assert!(show.contains(CANARY), "{show}");
+    assert!(!show.contains("behaviour\\\""), "the second call must not have read the dataset: {show}");
+}
+
+#[test]
+fn a_secret_is_sent_to_the_server_and_is_nowhere_else() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let mut head = String::new();
+            let mut reader = BufReader::new(stream.try_clone().unwrap());
+            while reader.read_line(&mut head).unwrap() > 2 {}
+            let _ = write!(stream, "HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{head}", head.len());
+        }
+    });
+    let origin = format!("http://127.0.0.1:{port}");
+    let folder = tempfile::tempdir().unwrap();
+    let tool = folder.path().join("tool.wasm");
+    let (old, new) = (b"http://127.0.0.1:47001", origin.as_bytes());
+    let mut bytes = std::fs::read(component("granted_tool")).unwrap();
+    assert_eq!(old.len(), new.len(), "ports that the system gives have five digits");
+    while let Some(at) = bytes.windows(old.len()).position(|window| window == old) {
+        bytes[at..at + new.len()].copy_from_slice(new);
+    }
+    std::fs::write(&tool, bytes).unwrap();
+    let grant = format!(
+        "[tools.granted.grants]\nhttp = [{{ origin = \"{origin}\", allow_private = [\"127.0.0.1\"], headers.authorization = {{ env = \"TEST_API_KEY\", prefix = \"Bearer \" }} }}]"
+    );
+    let call = format!("[\"fetch\", {{\"url\": \"{origin}/\"}}]");
+    let bench = granted_run(&tool.display().to_string(), &call, &grant);
+    let finished = run(&bench);
+    assert_eq!(finished.code, 0, "{}", finished.stderr);
+    let show = bench.succeed(&["rollouts", "show", "eval-scripted-sampled-00000-0000", "--run", "run"]).stdout;
+    assert!(show.contains("authorization: Bearer [redacted]"), "the server was sent it: {show}");
+    assert!(!format!("{show}{}{}", finished.stdout, finished.stderr).contains(SECRET));
+    let mut files = 0;
+    search(&bench.path().join("run"), &mut files);
+    assert!(files > 3, "only {files} files were searched");
+}
+
+/// Fails when a file under this folder has the secret.
+fn search(folder: &Path, files: &mut usize) {
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            search(&path, files);
+            continue;
+        }
+        *files += 1;
+        let bytes = std::fs::read(&path).unwrap();
+        let found = bytes.windows(SECRET.len()).any(|window| window == SECRET.as_bytes());
+        assert!(!found, "the secret is in {}", path.display());
+    }
+}
+
+#[test]
+fn a_judge_grades_by_a_scripted_endpoint() {
+    let extra = format!(
+        "[grader]\ncomponent = \"{}\"\ngrants.endpoints = [\"judge\"]\n[endpoint.judge]\nscripted.replies = [{{ text = \"0.25\" }}]",
+        component("judged_grader")
+    );
+    let bench = granted_run(&component("granted_tool"), r#"["list", {"text": "/"}]"#, &extra);
+    let finished = run(&bench);
+    assert_eq!(finished.code, 0, "{}", finished.stderr);
+    let list = bench.succeed(&["rollouts", "list", "--run", "run", "--output", "json"]).stdout;
+    for line in list.lines() {
+        let line: serde_json::Value = serde_json::from_str(line).unwrap();
+        assert_eq!(line["attempt"]["rewards"][0]["value"], 0.25, "{line}");
+    }
+}
+
+#[test]
+fn an_agent_asks_the_endpoints_that_it_is_granted_and_no_other() {
+    let extra = "[agent.grants]\nendpoints = [\"helper\"]\n[endpoint.helper]\nscripted.replies = [{ text = \"helped\" }]\n\
+                 [endpoint.other]\nscripted.replies = [{ text = \"never\" }]";
+    let bench = granted_run(&component("granted_tool"), "", extra);
+    refused(&bench, &["`agent.grants`", "`helper`", "does not ask for"]);
+    // The same agent with a manifest in a file beside it.
+    std::fs::copy(component("nasty_agent"), bench.path().join("agent.wasm")).unwrap();
+    bench.write("agent.manifest.json", "{\"endpoints\":[{\"name\":\"helper\",\"why\":\"knows more\"}]}");
+    bench.replace(&component("nasty_agent"), "agent.wasm");
+    let item = |id: &str, name: &str| {
+        format!("{{\"id\":\"{id}\",\"input\":{{\"behaviour\":\"endpoint\",\"text\":\"{name}\"}},\"world\":null}}\n")
+    };
+    bench.write("test.jsonl", &(item("a", "helper") + &item("b", "other")));
+    bench.replace("sampled_rollouts = 1", "sampled_rollouts = 2");
+    let finished = run(&bench);
+    assert_eq!(finished.code, 0, "{}", finished.stderr);
+    let shown = |index: usize| {
+        let id = format!("eval-scripted-sampled-00000-{index:04}");
+        bench.succeed(&["rollouts", "show", &id, "--run", "run"]).stdout
+    };
+    assert!(shown(0).contains("helped"), "{}", shown(0));
+    assert!(shown(1).contains("[agent.grants]") && !shown(1).contains("never"), "{}", shown(1));
+    bench.replace("endpoints = [\"helper\"]", "");
+    let asked = bench.command(&["run", "run.toml", "--run", "again"]).output().unwrap();
+    let stderr = String::from_utf8(asked.stderr).unwrap();
+    assert!(stderr.contains("knows more") && stderr.contains("endpoints = [\"helper\"]"), "{stderr}");
+}
+
+#[test]
+fn limits_of_one_plugin_are_narrower_than_the_runs() {
+    let tool = component("granted_tool");
+    let call = r#"["list", {"text": "/"}]"#;
+    let wide =
+        granted_run(&tool, call, "[limits]\nguest_cpu_ms_max = 100\n[tools.granted.limits]\nguest_cpu_ms_max = 200");
+    refused(&wide, &["tools.granted.limits.guest_cpu_ms_max", "200", "limits.guest_cpu_ms_max", "100"]);
+    let unknown = granted_run(&tool, call, "[tools.granted.limits]\nllm_calls_max = 1");
+    refused(&unknown, &["tools.granted.limits.llm_calls_max", "there is no limit", "guest_cpu_ms_max"]);
+    // The tool alone cannot start in one page of memory; the agent can.
+    let narrow = granted_run(&tool, call, "[tools.granted.limits]\nmemory_bytes_max = 65536");
+    let result = run(&narrow).json();
+    assert_eq!(result["evaluation"]["sampled"]["outcomes"]["tool-fault"], 1, "{result}");
+}
+
+#[test]
+fn plugin_check_tells_what_is_asked_for() {
+    let bench = Bench::new();
+    let shown = bench.succeed(&["plugin", "check", &component("granted_tool")]).stdout;
+    for text in [
+        "folder docs, optional: reads \"notes\" in it",
+        "folders.docs = ",
+        "origin http://service.test:47002",
+        "sqlite.shop = ",
+        "[tools.NAME.grants]",
+        "http_calls_max",
+    ] {
+        assert!(shown.contains(text), "no {text:?} in\n{shown}");
+    }
+    let none = bench.succeed(&["plugin", "check", &component("rooms_tool")]).stdout;
+    assert!(none.contains("no grants"), "{none}");
+    let json = bench.succeed(&["plugin", "check", &component("judged_grader"), "--output", "json"]).json();
+    assert_eq!(json["manifest"]["endpoints"][0]["name"], "judge", "{json}");
+}

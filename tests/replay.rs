@@ -1,0 +1,155 @@
+//! `fulgurite replay`, `fulgurite fork` and what they leave behind, through the binary; and forks through an algorithm.
+
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test that cannot go on has failed")]
+
+#[path = "support.rs"]
+mod support;
+
+use serde_json::Value;
+use support::{Bench, Finished, component};
+
+/// Evaluates scripted answers to twelve items of the example, with its agent, tool and grader.
+fn recorded() -> Bench {
+    let bench = Bench::with_items(20, 20, 12);
+    let config = bench.read("run.toml");
+    let (head, _) = config.split_once("[dataset.demonstrations]").unwrap();
+    let script = r#"
+[policy.scripted]
+replies = [
+  { tool = "free_rooms", arguments = '{"time":"{{ match(messages[0].content, "\d\d:\d\d") }}"}' },
+  { text = '{{ match(messages[-1].content, "R\d\d") }}' },
+]
+[evaluation]
+dataset = "rooms"
+sampled_rollouts = 12
+greedy_rollouts = 12
+"#;
+    bench.write("run.toml", &format!("{head}{script}"));
+    bench.succeed(&["run", "run.toml", "--run", "a", "--output", "json"]);
+    bench
+}
+
+const FIRST: &str = "eval-scripted-sampled-00000-0000";
+
+fn lines(finished: &Finished) -> Vec<Value> {
+    finished.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[test]
+fn a_recorded_run_is_identical_and_says_so() {
+    let bench = recorded();
+    let all = bench.succeed(&["replay", "--all", "--run", "a"]);
+    assert_eq!(all.stdout, "");
+    assert!(all.stderr.contains("24 of 24 rollouts are identical"), "{}", all.stderr);
+    let all = lines(&bench.succeed(&["replay", "--all", "--run", "a", "--output", "json"]));
+    assert_eq!(all.len(), 24);
+    assert!(
+        all.iter()
+            .all(|line| line["identical"] == true && line["divergence"].is_null() && line["events"] == line["same"])
+    );
+    let stage = [
+        "replay",
+        "--all",
+        "--stage",
+        "eval-scripted-greedy",
+        "--training-step",
+        "0",
+        "--run",
+        "a",
+        "--output",
+        "json",
+    ];
+    assert_eq!(lines(&bench.succeed(&stage)).len(), 12);
+
+    let one = bench.succeed(&["replay", FIRST, "--run", "a"]);
+    assert!(
+        one.stdout.contains(&format!("{FIRST}/1: all ")) && one.stdout.contains("events are identical"),
+        "{}",
+        one.stdout
+    );
+    // Standard input is no terminal: nothing is waited for.
+    let step = bench.succeed(&["replay", FIRST, "--step", "--run", "a"]).stdout;
+    let calls: Vec<_> = step.lines().filter(|line| line.starts_with("event ")).collect();
+    assert!(calls.len() > 4 && calls[0] == "event 0", "{step}");
+    assert!(step.contains("llm call 1") && step.contains("tool free_rooms") && step.contains("reward"), "{step}");
+    assert!(step.lines().last().unwrap().contains("identical"), "{step}");
+}
+
+#[test]
+fn changed_components_are_shown_where_they_differ() {
+    let bench = recorded();
+    let nasty = component("nasty_agent");
+    let changed = bench.run(&["replay", FIRST, "--agent", &nasty, "--run", "a"]);
+    assert_eq!(changed.code, 1);
+    assert!(changed.stdout.contains("diverges at event 0 of"), "{}", changed.stdout);
+    assert!(changed.stdout.contains("recorded:") && changed.stdout.contains("replayed:"), "{}", changed.stdout);
+    assert!(changed.stderr.contains("1 of 1 rollouts are not identical"), "{}", changed.stderr);
+    let all = bench.run(&["replay", "--all", "--agent", &nasty, "--run", "a", "--output", "json"]);
+    assert_eq!((all.code, lines(&all).len()), (1, 24));
+    assert!(lines(&all).iter().all(|line| line["identical"] == false && line["divergence"]["event"] == 0));
+    let step = bench.run(&["replay", FIRST, "--step", "--agent", &nasty, "--run", "a"]);
+    assert_eq!(step.code, 1);
+    assert!(step.stderr.contains("diverges at event 0"), "{}", step.stderr);
+
+    // The same grader says the same; one that judges everything well changes the rest.
+    let same = bench.succeed(&["replay", "--all", "--grader", &component("rooms_grader"), "--run", "a"]);
+    assert!(same.stderr.contains("0 of 24 rewards change"), "{}", same.stderr);
+    assert_eq!(same.stdout.lines().count(), 1, "only the head of the table: {}", same.stdout);
+    let generous = component("nasty_grader");
+    let other = bench.succeed(&["replay", "--all", "--grader", &generous, "--run", "a"]);
+    let rows = other.stdout.lines().count() - 1;
+    assert!(
+        rows > 0 && other.stderr.contains(&format!("{rows} of 24 rewards change")),
+        "{}\n{}",
+        other.stdout,
+        other.stderr
+    );
+    assert!(other.stderr.contains("1.0000 after; 0 faults"), "{}", other.stderr);
+    let json = lines(&bench.succeed(&["replay", "--all", "--grader", &generous, "--run", "a", "--output", "json"]));
+    assert_eq!(json.len(), 24);
+    assert!(
+        json.iter()
+            .all(|line| line["after"][0]["value"] == 1.0 && line["before"].is_array() && line["fault"].is_null())
+    );
+    let none = bench.succeed(&["replay", FIRST, "--grader", &generous, "--dimension", "style", "--run", "a"]);
+    assert!(none.stderr.contains("0 of 1 rewards change"), "{}", none.stderr);
+}
+
+#[test]
+fn forks_are_rollouts_of_the_run_and_are_shown_whole() {
+    let bench = recorded();
+    let forks = lines(&bench.succeed(&["fork", FIRST, "--at", "1", "--count", "3", "--run", "a", "--output", "json"]));
+    assert_eq!(forks.len(), 3);
+    let at = forks[0]["fork_of"]["event"].as_u64().unwrap();
+    assert!(at > 1);
+    for (number, fork) in forks.iter().enumerate() {
+        assert_eq!(fork["rollout"], format!("{FIRST}.1.{number}"));
+        assert_eq!((&fork["fork_of"]["rollout"], &fork["outcome"]["kind"]), (&FIRST.into(), &"completed".into()));
+    }
+    let text = bench.succeed(&["fork", FIRST, "--at", "0", "--run", "a"]).stdout;
+    assert!(text.contains(&format!("{FIRST}.0.0")) && text.contains("completed"), "{text}");
+    // Forks of the same call add up.
+    let more = lines(&bench.succeed(&["fork", FIRST, "--at", "1", "--run", "a", "--output", "json"]));
+    assert_eq!(more[0]["rollout"], format!("{FIRST}.1.3"));
+
+    let id = format!("{FIRST}.1.0");
+    let shown = bench.succeed(&["rollouts", "show", &id, "--run", "a"]).stdout;
+    assert!(shown.contains(&format!("fork of {FIRST} at event {at}, whose prefix is from policy v0")), "{shown}");
+    assert!(shown.contains("llm call 0") && shown.contains("llm call 1"), "{shown}");
+    let shown = bench.succeed(&["rollouts", "show", &id, "--run", "a", "--output", "json"]).json();
+    let owners = |of: &str| shown["spans"].as_array().unwrap().iter().filter(|s| s["attempt"]["rollout"] == of).count();
+    assert_eq!(owners(FIRST) as u64, at);
+    assert_eq!(owners(&id) as u64, forks[0]["events"].as_u64().unwrap());
+    bench.succeed(&["replay", &id, "--run", "a"]);
+    let all = bench.succeed(&["replay", "--all", "--run", "a"]);
+    assert!(all.stderr.contains("29 of 29 rollouts are identical"), "{}", all.stderr);
+
+    for (arguments, says) in [
+        (["fork", FIRST, "--at", "2", "--run", "a"], "there is no model call 2; it has 2"),
+        (["fork", "nobody", "--at", "0", "--run", "a"], "there is no such rollout"),
+    ] {
+        let refused = bench.run(&arguments);
+        assert_ne!(refused.code, 0);
+        assert!(refused.stderr.contains(says), "{}", refused.stderr);
+    }
+}
