@@ -33,7 +33,8 @@ enum Command {
     Test(checks::TestArguments),
     /// Make the learning tables: all seeds and all controls (with 2 cores: about 60 min).
     Learn(learn::LearnArguments),
-    /// Kill training at random moments, many times, and compare what comes out (with 2 cores: about 30 min).
+    /// Fuzz every target for 10 minutes; kill training at random moments, many times, and compare what comes out (with 2
+    /// cores: about 50 min).
     Soak(soak::SoakArguments),
 }
 

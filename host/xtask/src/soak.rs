@@ -1,4 +1,6 @@
-//! `cargo xtask soak`: kills training at random moments and compares what comes out in the end.
+//! `cargo xtask soak`: what takes too long for every change. Kills a process that writes to a store, and looks for everything
+//! that it had acknowledged; fuzzes every target; then kills training at random moments and compares what comes out in the
+//! end.
 
 use std::path::Path;
 use std::process::{Child, Stdio};
@@ -9,14 +11,21 @@ use clap::Args;
 use fulgurite_core::seed::{Generator, Seed};
 
 use crate::example::{self, Example};
+use crate::process::{self, Workspace};
 
 /// Options of `soak`.
 #[derive(Debug, Args)]
 pub(crate) struct SoakArguments {
-    /// How often to kill.
+    /// How many minutes to fuzz each target; 0 fuzzes none.
+    #[arg(long, default_value_t = 10)]
+    fuzz_minutes: u64,
+    /// How often to kill training; 0 does not train.
     #[arg(long, default_value_t = 30)]
     kills: u32,
-    /// Seed of the moments.
+    /// How often to kill a process that writes to a store; 0 starts none.
+    #[arg(long, default_value_t = 1_000)]
+    store_kills: u32,
+    /// Seed of the inputs and of the moments.
     #[arg(long, default_value_t = 0)]
     seed: u64,
 }
@@ -26,8 +35,32 @@ const POLL: Duration = Duration::from_millis(5);
 /// Most kills of one run: then it may end.
 const KILLS_PER_RUN_MAX: usize = 4;
 
-/// Kills as often as asked and returns whether every run came to the same end as one that was left alone.
+/// Runs all parts and returns whether all passed: a failure of one does not keep from the next.
 pub(crate) fn run(arguments: &SoakArguments) -> anyhow::Result<bool> {
+    let stored = arguments.store_kills == 0 || {
+        println!("==> {} kills of a process that writes to a store", arguments.store_kills);
+        store(arguments.store_kills).inspect_err(|error| eprintln!("error: {error:#}")).is_ok()
+    };
+    let fuzzed = arguments.fuzz_minutes == 0 || fuzz(arguments)?;
+    let trained = arguments.kills == 0 || kill(arguments)?;
+    Ok(stored && fuzzed && trained)
+}
+
+/// Fuzzes every target for as long as asked, as many at a time as there are processors. What fails says how to repeat it.
+fn fuzz(arguments: &SoakArguments) -> anyhow::Result<bool> {
+    println!("==> fuzz targets, {} min each, seed {}", arguments.fuzz_minutes, arguments.seed);
+    let mut command = Workspace::load()?.cargo();
+    command.args(["test", "--release", "--package", "fulgurite-fuzz", "--test", "targets", "--", "--nocapture"]);
+    command.env("FULGURITE_FUZZ_SECONDS", arguments.fuzz_minutes.saturating_mul(60).to_string());
+    command.env("FULGURITE_FUZZ_SEED", arguments.seed.to_string());
+    command.env_remove("FULGURITE_FUZZ_INPUT");
+    let passed = command.status().with_context(|| format!("cannot run `{}`", process::shown(&command)))?.success();
+    println!("{}: fuzz targets", if passed { "PASS" } else { "FAIL" });
+    Ok(passed)
+}
+
+/// Kills as often as asked and returns whether every run came to the same end as one that was left alone.
+fn kill(arguments: &SoakArguments) -> anyhow::Result<bool> {
     let example = Example::build()?;
     let folder = example.scratch("soak");
     let config = folder.join("soak.toml");
@@ -77,6 +110,14 @@ pub(crate) fn run(arguments: &SoakArguments) -> anyhow::Result<bool> {
     }
     println!("{}: {kills} kills in {runs} runs", if failures.is_empty() { "PASS" } else { "FAIL" });
     Ok(failures.is_empty())
+}
+
+/// The store's own test, with more kills than it takes by itself. It prints how many, and fails when anything is lost.
+fn store(kills: u32) -> anyhow::Result<()> {
+    let mut command = Workspace::load()?.cargo();
+    command.args(["test", "--release", "--package", "fulgurite-store", "--test", "crash", "--"]);
+    command.args(["--exact", "what_was_acknowledged_survives_kill_9", "--nocapture"]);
+    process::run(command.env("FULGURITE_STORE_KILLS", kills.to_string()))
 }
 
 /// Some steps of each stage are enough to be killed in each of them.
