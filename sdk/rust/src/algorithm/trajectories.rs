@@ -75,7 +75,7 @@ impl Transition {
         self.0.call_index()
     }
 
-    /// Number of the event that the call is in its rollout: what [`Group::fork_of`](super::Group::fork_of) takes to make
+    /// Number of the event that the call is in its rollout: what `Group::fork_of` takes to make
     /// this call anew.
     #[must_use]
     pub fn event(&self) -> u64 {
