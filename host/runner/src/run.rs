@@ -15,7 +15,7 @@ use fulgurite_store::{AttemptFinish, Enqueued, RolloutStore, StoreError};
 use tokio::sync::{mpsc, watch};
 
 use crate::attempt::{Attempt, Ran};
-use crate::commit::Committer;
+use crate::commit::{Commit, Committer};
 use crate::control;
 use crate::fork;
 use crate::gate::{Gate, Pass, Priority};
@@ -138,7 +138,7 @@ impl Runner {
         let gatekeeper = Gatekeeper::new(&plugins.agent, plugins.tools.values().map(AsRef::as_ref))
             .map_err(|fault| RunnerError::TooLarge(fault.detail))?;
         let gate = Gate::new(settings.live_max.min(gatekeeper.attempts_max()));
-        let committer = Committer::start(Arc::clone(&store));
+        let committer = Committer::start(&store);
         let conditions = Conditions::new(plugins, &settings);
         let execution = ContentHash::of(&conditions.record().to_bytes());
         let watchdog = Watchdog::start();
@@ -337,11 +337,14 @@ impl Worker {
             let attempts = started.key.attempt.0;
             let ran = shared.attempt(&job, &started, session, tape, &mut orders).await;
             let again = shared.settings.retry.tries_again(ran.outcome.kind, attempts);
-            let result = shared.finish(&job, started, ran, again).await?;
+            let (result, commit) = shared.finish(&job, started, ran, again).await?;
             if !again {
+                // The disk is waited for without a sandbox: what waits for one need not wait for both.
                 drop(live);
+                durable(commit).await?;
                 return Ok(result);
             }
+            durable(commit).await?;
             tracing::warn!(rollout = %job.spec.id, outcome = result.outcome.kind.as_str(), "attempt failed, trying again");
             (started, session, tape) = match shared.begin_after(&*backend, &job, attempts) {
                 Begun::Live { started, session, tape } => (started, session, tape),
@@ -349,6 +352,13 @@ impl Worker {
                 Begun::Failed(error) => return Err(error),
             };
         }
+    }
+}
+
+async fn durable(commit: Option<Commit>) -> Result<(), RunnerError> {
+    match commit {
+        Some(commit) => Ok(commit.durable().await?),
+        None => Ok(()),
     }
 }
 
@@ -545,7 +555,7 @@ impl Shared {
         started: AttemptRecord,
         ran: Ran,
         again: bool,
-    ) -> Result<RolloutResult, RunnerError> {
+    ) -> Result<(RolloutResult, Option<Commit>), RunnerError> {
         let kind = ran.outcome.kind;
         let state = match kind {
             OutcomeKind::WallTimeout => AttemptState::Timeout,
@@ -570,6 +580,7 @@ impl Shared {
             ..started
         };
         let spans = Arc::new(ran.spans);
+        let mut commit = None;
         if self.settings.recording == Recording::Durable {
             let finish = AttemptFinish {
                 key: attempt.key.clone(),
@@ -582,9 +593,9 @@ impl Shared {
                 not_forkable: ran.not_forkable,
                 rollout_state,
             };
-            self.committer.commit(finish).await?;
+            commit = Some(self.committer.commit(finish).await?);
         }
-        Ok(RolloutResult { spec: job.spec.clone(), attempt, outcome: ran.outcome, spans })
+        Ok((RolloutResult { spec: job.spec.clone(), attempt, outcome: ran.outcome, spans }, commit))
     }
 }
 

@@ -15,7 +15,7 @@ use fulgurite_core::dataset::Split;
 use fulgurite_core::id::{AttemptKey, PolicyVersion, RolloutId, SpanId, TraceId};
 use fulgurite_core::llm::Sampling;
 use fulgurite_core::record::{RolloutMode, RolloutSpec};
-use fulgurite_core::seed::Seed;
+use fulgurite_core::seed::{Generator, Seed};
 use fulgurite_core::span::{Span, SpanBody, SpanKind, SpanStatus};
 
 use crate::error::{Result, StoreError};
@@ -96,6 +96,14 @@ fn spec(index: u64) -> Result<RolloutSpec> {
     })
 }
 
+/// Text that no compression makes smaller: what a store gains from compressing depends on what it is given, so it is left
+/// out of the figure.
+fn noise(number: u64, bytes: usize) -> String {
+    let letters: Vec<char> = ('A'..='Z').chain('a'..='z').chain('0'..='9').collect();
+    let mut generator = Generator::new(Seed::new(number));
+    (0..bytes).filter_map(|_| letters.get(generator.below(letters.len()))).collect()
+}
+
 /// A span that takes about so many bytes encoded.
 fn span(key: &AttemptKey, sequence: u64, bytes: usize) -> Span {
     /// What everything but the text takes.
@@ -113,7 +121,7 @@ fn span(key: &AttemptKey, sequence: u64, bytes: usize) -> Span {
         status: SpanStatus::Ok,
         guest_attributes: vec![],
         links: vec![],
-        body: SpanBody::Log { level: "info".to_owned(), text: "x".repeat(bytes.saturating_sub(OTHER_BYTES)) },
+        body: SpanBody::Log { level: "info".to_owned(), text: noise(sequence, bytes.saturating_sub(OTHER_BYTES)) },
     }
 }
 

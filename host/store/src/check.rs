@@ -4,6 +4,7 @@
 //! hashes of the blobs and nothing else that grows. Whatever the bytes are, the pass goes on to its end: a record that
 //! cannot be read is a finding and not an error.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 
@@ -13,7 +14,7 @@ use fulgurite_core::span::Span;
 use fulgurite_core::state::{AttemptState, RolloutState};
 use serde::de::DeserializeOwned;
 
-use crate::codec;
+use crate::codec::{self, Pending};
 use crate::error::{Result, StoreError};
 use crate::key_value::{KeyRange, KeyValue};
 use crate::keys::{self, Kind};
@@ -37,7 +38,7 @@ pub(crate) fn run(database: &impl KeyValue, progress: Progress<'_>) -> Result<Ch
         referenced: BTreeSet::new(),
         spans: None,
     };
-    let mut pending: Option<(Vec<u8>, Vec<u8>, u32, u32)> = None;
+    let mut pending: Option<Pending> = None;
     let mut seen = 0_u64;
     database.scan(&KeyRange::all(), &mut |key, value| {
         seen += 1;
@@ -46,24 +47,26 @@ pub(crate) fn run(database: &impl KeyValue, progress: Progress<'_>) -> Result<Ch
         }
         if keys::is_fragment(key) {
             match pending.take() {
-                Some((first, mut payload, next, count)) if key == keys::fragment_key(&first, next) => {
-                    payload.extend(value);
-                    if next + 1 == count {
-                        check.record(&first, &payload);
+                Some(mut record) if key == keys::fragment_key(&record.key, record.next) => {
+                    record.stored.extend(value);
+                    record.next += 1;
+                    if record.next == record.fragments {
+                        let first = record.key.clone();
+                        check.record(&first, record.payload());
                     } else {
-                        pending = Some((first, payload, next + 1, count));
+                        pending = Some(record);
                     }
                 }
                 Some(other) => {
-                    check.missing_fragment(&other.0, other.2, other.3);
+                    check.missing_fragment(&other);
                     check.report.leftover_fragments += 1;
                 }
                 None => check.report.leftover_fragments += 1,
             }
             return Ok(ControlFlow::Continue(()));
         }
-        if let Some((first, _, next, count)) = pending.take() {
-            check.missing_fragment(&first, next, count);
+        if let Some(record) = pending.take() {
+            check.missing_fragment(&record);
         }
         if key == keys::schema_key() {
             check.schema = true;
@@ -73,14 +76,16 @@ pub(crate) fn run(database: &impl KeyValue, progress: Progress<'_>) -> Result<Ch
             return Ok(ControlFlow::Continue(()));
         }
         match codec::parse(key, value) {
-            Ok((payload, 1)) => check.record(key, payload),
-            Ok((payload, count)) => pending = Some((key.to_vec(), payload.to_vec(), 1, count)),
+            Ok(head) if head.fragments == 1 => {
+                check.record(key, codec::unpack(key, Cow::Borrowed(head.bytes), head.raw_bytes));
+            }
+            Ok(head) => pending = Some(Pending::new(key, head)),
             Err(error) => check.find_error(key, &error),
         }
         Ok(ControlFlow::Continue(()))
     })?;
-    if let Some((first, _, next, count)) = pending.take() {
-        check.missing_fragment(&first, next, count);
+    if let Some(record) = pending.take() {
+        check.missing_fragment(&record);
     }
     check.report.keys = seen;
     Ok(check.finish())
@@ -124,8 +129,8 @@ impl<D: KeyValue> Check<'_, D> {
         }
     }
 
-    fn missing_fragment(&mut self, key: &[u8], number: u32, count: u32) {
-        self.find(key, format!("fragment {number} of {count} is missing"));
+    fn missing_fragment(&mut self, record: &Pending) {
+        self.find(&record.key, format!("fragment {} of {} is missing", record.next, record.fragments));
     }
 
     fn decoded<T: DeserializeOwned>(&mut self, key: &[u8], payload: &[u8]) -> Option<T> {
@@ -143,8 +148,12 @@ impl<D: KeyValue> Check<'_, D> {
         look_up(self.database, key)
     }
 
-    /// One whole record.
-    fn record(&mut self, key: &[u8], payload: &[u8]) {
+    /// One whole record, or why it cannot be put together.
+    fn record(&mut self, key: &[u8], payload: Result<impl AsRef<[u8]>>) {
+        let payload = match &payload {
+            Ok(payload) => payload.as_ref(),
+            Err(error) => return self.find_error(key, error),
+        };
         match Kind::of(key) {
             Some(Kind::Blob) => self.blob(key, payload),
             Some(Kind::Counters) => self.stored = self.decoded(key, payload),

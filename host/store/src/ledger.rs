@@ -5,8 +5,10 @@
 //! a rollout costs half as many writes. The rejected alternative, writing each step, would have to be flushed to mean
 //! more than this.
 //!
-//! One mutex orders all writes. Encoding happens before it is taken and waiting for the disk after it is released;
-//! threads that wait at the same time share one sync.
+//! One mutex orders all writes to the database. Waiting for the disk comes after it is released; threads that wait at the
+//! same time share one sync. A second mutex guards what is in memory and is only ever held for a moment, so that beginning
+//! an attempt, which writes nothing, never waits for a group of ended ones. A rollout that is being changed by a write is
+//! marked as staged: what would change it in memory then waits for that write.
 
 #[cfg(test)]
 mod acknowledgements;
@@ -149,17 +151,40 @@ impl Entry {
     }
 }
 
+/// A rollout in memory.
+#[derive(Debug)]
+struct Held {
+    entry: Entry,
+    /// A write that has not been committed yet may change it.
+    is_staged: bool,
+}
+
+impl From<Entry> for Held {
+    fn from(entry: Entry) -> Self {
+        Self { entry, is_staged: false }
+    }
+}
+
 #[derive(Debug, Default)]
 pub(crate) struct State {
     /// Rollouts with a live attempt, as far as this process has seen them, and some that wait for one: what is begun next
     /// need not be read back from the disk.
-    live: HashMap<RolloutId, Entry>,
+    live: HashMap<RolloutId, Held>,
     counters: Counters,
+}
+
+impl State {
+    /// A rollout that may be changed in memory.
+    fn changeable(&mut self, id: &RolloutId) -> Option<&mut Entry> {
+        self.live.get_mut(id).filter(|held| !held.is_staged).map(|held| &mut held.entry)
+    }
 }
 
 /// The rules over a database.
 pub(crate) struct Ledger<D> {
     database: D,
+    /// Held by whoever writes. Taken before `state`.
+    writing: Mutex<()>,
     state: Mutex<State>,
     /// How many of the commits are safe.
     synced: Mutex<u64>,
@@ -177,7 +202,8 @@ impl<D: KeyValue> Ledger<D> {
         }
         let synced = Mutex::new(counters.commits);
         let state = Mutex::new(State { live: HashMap::new(), counters });
-        Self { database, state, synced, syncs: Syncs::default(), broken: OnceLock::new() }
+        let writing = Mutex::default();
+        Self { database, writing, state, synced, syncs: Syncs::default(), broken: OnceLock::new() }
     }
 
     /// A ledger over a database that may hold records.
@@ -187,7 +213,7 @@ impl<D: KeyValue> Ledger<D> {
         let syncs = Syncs::default();
         let synced = Mutex::new(counters.commits);
         let state = Mutex::new(State { live: HashMap::new(), counters });
-        Ok(Self { database, state, synced, syncs, broken: OnceLock::new() })
+        Ok(Self { database, writing: Mutex::default(), state, synced, syncs, broken: OnceLock::new() })
     }
 
     pub(crate) const fn database(&self) -> &D {
@@ -198,9 +224,13 @@ impl<D: KeyValue> Ledger<D> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn writing(&self) -> MutexGuard<'_, ()> {
+        self.writing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Reads everything that is on disk, while nobody writes.
     pub(crate) fn check(&self, progress: Progress<'_>) -> Result<CheckReport> {
-        let _nobody_writes = self.lock();
+        let _nobody_writes = self.writing();
         check::run(&self.database, progress)
     }
 
@@ -253,11 +283,9 @@ impl<D: KeyValue> Ledger<D> {
     }
 
     /// A rollout as it is now.
-    fn find(&self, state: &State, id: &RolloutId) -> Result<Option<Entry>> {
-        match state.live.get(id) {
-            Some(entry) => Ok(Some(entry.clone())),
-            None => self.stored(id),
-        }
+    fn find(&self, id: &RolloutId) -> Result<Option<Entry>> {
+        let held = self.lock().live.get(id).map(|held| held.entry.clone());
+        held.map_or_else(|| self.stored(id), |entry| Ok(Some(entry)))
     }
 }
 
@@ -278,31 +306,48 @@ pub(crate) fn check_stored(key: &[u8], rollout: &RolloutRecord, attempts: &[Atte
 /// Changes on their way into one batch. What is staged is seen by what is staged after it.
 struct Stage<'a, D> {
     ledger: &'a Ledger<D>,
-    state: MutexGuard<'a, State>,
+    _writing: MutexGuard<'a, ()>,
     batch: Batch,
     counters: Counters,
     changed: HashMap<RolloutId, Entry>,
+    /// Rollouts in memory that were marked as staged.
+    marked: Vec<RolloutId>,
 }
 
 impl<'a, D: KeyValue> Stage<'a, D> {
-    /// Takes the lock; it is held until the stage is committed or dropped.
+    /// Takes the right to write; it is held until the stage is committed or dropped.
     fn new(ledger: &'a Ledger<D>) -> Result<Self> {
         ledger.check_writable()?;
-        let state = ledger.lock();
-        let counters = state.counters.clone();
-        Ok(Self { ledger, state, batch: Batch::new(), counters, changed: HashMap::new() })
+        let writing = ledger.writing();
+        let counters = ledger.lock().counters.clone();
+        let (batch, changed, marked) = (Batch::new(), HashMap::new(), vec![]);
+        Ok(Self { ledger, _writing: writing, batch, counters, changed, marked })
     }
 
-    /// A rollout as it will be when what is staged has been committed.
-    fn find(&self, id: &RolloutId) -> Result<Option<Entry>> {
-        match self.changed.get(id) {
-            Some(entry) => Ok(Some(entry.clone())),
-            None => self.ledger.find(&self.state, id),
+    /// A rollout as it will be when what is staged has been committed. Nobody else changes it before that.
+    fn find(&mut self, id: &RolloutId) -> Result<Option<Entry>> {
+        if let Some(entry) = self.changed.get(id) {
+            return Ok(Some(entry.clone()));
         }
+        let mut state = self.ledger.lock();
+        let Some(held) = state.live.get_mut(id) else {
+            drop(state);
+            return self.ledger.stored(id);
+        };
+        if !held.is_staged {
+            held.is_staged = true;
+            self.marked.push(id.clone());
+        }
+        Ok(Some(held.entry.clone()))
     }
 
-    fn known(&self, id: &RolloutId) -> Result<Entry> {
+    fn known(&mut self, id: &RolloutId) -> Result<Entry> {
         self.find(id)?.ok_or_else(|| StoreError::UnknownRollout(id.clone()))
+    }
+
+    /// Keeps a rollout in memory as it is now.
+    fn hold(&self, entry: Entry) {
+        self.ledger.lock().live.insert(entry.rollout.spec.id.clone(), entry.into());
     }
 
     /// Stages a rollout and, of its newest attempt, spans that were not recorded before.
@@ -316,12 +361,12 @@ impl<'a, D: KeyValue> Stage<'a, D> {
             counters.spans += spans as u64;
             for block in blocks {
                 let key = keys::spans_key(ordinal, newest.key.attempt, block.first_sequence);
-                codec::put(&mut batch, key, &block.payload)?;
-                counters.span_bytes += block.payload.len() as u64;
+                codec::put_packed(&mut batch, key, &block.packed)?;
+                counters.span_bytes += block.span_bytes;
             }
         }
-        let payload = codec::encode(&(&entry.rollout, &entry.attempts))?;
-        codec::put(&mut batch, keys::rollout_key(entry.rollout.ordinal), &payload)?;
+        let packed = codec::pack(codec::encode(&(&entry.rollout, &entry.attempts))?);
+        codec::put_packed(&mut batch, keys::rollout_key(entry.rollout.ordinal), &packed)?;
         if entry.stored_state.is_none() {
             let key = keys::index_key(&entry.rollout.spec.id);
             codec::put(&mut batch, key, &codec::encode(&entry.rollout.ordinal)?)?;
@@ -335,27 +380,40 @@ impl<'a, D: KeyValue> Stage<'a, D> {
     }
 
     /// Applies what is staged. Returns the number to wait for with [`Ledger::sync`].
-    fn commit(self) -> Result<u64> {
-        let Self { ledger, mut state, mut batch, mut counters, changed } = self;
+    fn commit(mut self) -> Result<u64> {
+        let mut batch = std::mem::take(&mut self.batch);
         if batch.is_empty() {
-            return Ok(state.counters.commits);
+            return Ok(self.counters.commits);
         }
-        counters.commits += 1;
-        codec::put(&mut batch, keys::counters_key(), &codec::encode(&counters)?)?;
-        if let Err(error) = ledger.database.apply(batch) {
-            return ledger.break_down(error);
+        self.counters.commits += 1;
+        codec::put(&mut batch, keys::counters_key(), &codec::encode(&self.counters)?)?;
+        if let Err(error) = self.ledger.database.apply(batch) {
+            return self.ledger.break_down(error);
         }
-        let commits = counters.commits;
-        state.counters = counters;
+        let commits = self.counters.commits;
+        let mut state = self.ledger.lock();
+        state.counters = self.counters.clone();
         #[expect(clippy::iter_over_hash_type, reason = "from one map into another")]
-        for (id, entry) in changed {
+        for (id, entry) in self.changed.drain() {
             let waits = !entry.rollout.state.is_terminal() && state.live.len() < WAITING_MAX;
             if entry.is_live() || waits {
-                state.live.insert(id, entry);
+                state.live.insert(id, entry.into());
             } else {
                 state.live.remove(&id);
             }
         }
+        drop(state);
         Ok(commits)
+    }
+}
+
+impl<D> Drop for Stage<'_, D> {
+    fn drop(&mut self) {
+        let mut state = self.ledger.state.lock().unwrap_or_else(PoisonError::into_inner);
+        for id in &self.marked {
+            if let Some(held) = state.live.get_mut(id) {
+                held.is_staged = false;
+            }
+        }
     }
 }

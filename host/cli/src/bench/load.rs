@@ -8,7 +8,7 @@ use fulgurite_core::id::{PolicyVersion, RolloutId};
 use fulgurite_core::limits::Limits;
 use fulgurite_core::llm::{LlmBackend, Sampling};
 use fulgurite_core::record::{RolloutMode, RolloutSpec};
-use fulgurite_core::seed::Seed;
+use fulgurite_core::seed::{Generator, Seed};
 use fulgurite_runner::scripted::{Reply, Script, ScriptedPolicy};
 use fulgurite_runner::{Job, Plugins, Recording, RetryPolicy, Runner, RunnerGrants, RunnerSettings};
 use fulgurite_sandbox::{Sandbox, SandboxSettings, Templates};
@@ -53,11 +53,91 @@ pub(crate) fn sandbox() -> Result<Sandbox, Failure> {
     Sandbox::new(SandboxSettings::new(paths::cache(), &Limits::default())).map_err(Failure::failed)
 }
 
+/// Words of questions. Drawn at random, so that a recording is about as hard to compress as one of real conversations.
+const WORDS: &[&str] = &[
+    "room",
+    "people",
+    "meeting",
+    "whiteboard",
+    "screen",
+    "projector",
+    "window",
+    "quiet",
+    "large",
+    "small",
+    "free",
+    "from",
+    "until",
+    "before",
+    "after",
+    "needs",
+    "seats",
+    "eight",
+    "twelve",
+    "four",
+    "floor",
+    "first",
+    "second",
+    "third",
+    "near",
+    "lift",
+    "kitchen",
+    "booked",
+    "cancelled",
+    "moved",
+    "team",
+    "customer",
+    "interview",
+    "workshop",
+    "training",
+    "board",
+    "weekly",
+    "monthly",
+    "morning",
+    "afternoon",
+    "o'clock",
+    "half",
+    "past",
+    "must",
+    "should",
+    "prefers",
+    "with",
+    "without",
+    "phone",
+    "camera",
+    "video",
+    "remote",
+    "guests",
+    "coffee",
+    "lunch",
+    "wheelchair",
+    "access",
+    "parking",
+    "building",
+    "the",
+    "a",
+    "and",
+    "or",
+    "but",
+    "that",
+    "this",
+    "another",
+    "same",
+    "tomorrow",
+    "today",
+    "next",
+    "week",
+    "Monday",
+    "Friday",
+];
+
 /// The text of an item's question.
 pub(crate) fn question(index: u64) -> String {
-    let mut text = format!("Request {index}: find a room for {} people. ", 2 + index % 14);
+    let mut text = format!("Request {index}:");
+    let mut generator = Generator::new(Seed::new(index));
     while text.len() < PROMPT_BYTES {
-        text.push_str("It needs a whiteboard and a screen and must be free from ten to eleven. ");
+        text.push(' ');
+        text.push_str(WORDS.get(generator.below(WORDS.len())).copied().unwrap_or_default());
     }
     text.truncate(PROMPT_BYTES);
     text

@@ -146,7 +146,7 @@ impl Importer {
                 }
                 self.counters.blobs += 1;
                 self.counters.blob_bytes += content.len() as u64;
-                codec::put(&mut batch, key, &content)?;
+                codec::put_packed(&mut batch, key, &codec::pack(content))?;
             }
             Line::Rollout { record, attempts, .. } => self.rollout(record, attempts, writer, &mut batch)?,
             Line::Span { record, .. } => self.span(record, writer)?,
@@ -228,7 +228,7 @@ impl Importer {
         self.counters.next_ordinal = rollout.ordinal + 1;
         self.report.rollouts += 1;
         codec::put(batch, index, &codec::encode(&rollout.ordinal)?)?;
-        codec::put(batch, key, &codec::encode(&(&rollout, &attempts))?)?;
+        codec::put_packed(batch, key, &codec::pack(codec::encode(&(&rollout, &attempts))?))?;
         self.open = Some(Open { rollout, attempts, attempt: 0, read: 0, waiting: vec![] });
         Ok(())
     }
@@ -271,8 +271,8 @@ fn write_spans(open: &mut Open, counters: &mut Counters, writer: &mut Writer<'_>
     let mut batch = vec![];
     for block in codec::encode_blocks(&spans)? {
         let key = keys::spans_key(open.rollout.ordinal, first.attempt.attempt, block.first_sequence);
-        counters.span_bytes += block.payload.len() as u64;
-        codec::put(&mut batch, key, &block.payload)?;
+        counters.span_bytes += block.span_bytes;
+        codec::put_packed(&mut batch, key, &block.packed)?;
     }
     counters.spans += spans.len() as u64;
     writer.put_all(batch)

@@ -44,7 +44,7 @@ impl Prepared {
     }
 
     /// The rollout, when the attempt is live and the spans follow those it has.
-    fn entry<D: KeyValue>(&self, stage: &Stage<'_, D>) -> Result<Entry> {
+    fn entry<D: KeyValue>(&self, stage: &mut Stage<'_, D>) -> Result<Entry> {
         let mut entry = stage.known(&self.key.rollout)?;
         entry.check_live(&self.key)?;
         let expected = first_own_sequence(&entry.rollout) + entry.newest()?.spans;
@@ -91,7 +91,7 @@ impl<D: KeyValue> Ledger<D> {
                 results.push(Enqueued::Existing(known.rollout));
                 continue;
             }
-            check_fork(&stage, &spec)?;
+            check_fork(&mut stage, &spec)?;
             let ordinal = stage.counters.next_ordinal;
             stage.counters.next_ordinal += 1;
             let rollout = RolloutRecord { spec, state: RolloutState::Queuing, attempt: None, ordinal };
@@ -104,19 +104,18 @@ impl<D: KeyValue> Ledger<D> {
     }
 
     pub(crate) fn rollout(&self, id: &RolloutId) -> Result<Option<RolloutRecord>> {
-        Ok(self.find(&self.lock(), id)?.map(|entry| entry.rollout))
+        Ok(self.find(id)?.map(|entry| entry.rollout))
     }
 
     pub(crate) fn begin_attempt(&self, id: &RolloutId, start_unix_ns: u64, worker: &str) -> Result<AttemptRecord> {
         if !worker.is_empty() {
             blobs::check_worker_id(worker)?;
         }
-        let mut stage = Stage::new(self)?;
-        // Nothing is staged yet, so what is held in memory can be taken as it is.
-        let held = stage.state.live.get_mut(id).filter(|entry| !entry.is_live() && !entry.rollout.state.is_terminal());
-        if let Some(entry) = held {
+        let waiting = |entry: &&mut Entry| !entry.is_live() && !entry.rollout.state.is_terminal();
+        if let Some(entry) = self.lock().changeable(id).filter(waiting) {
             return entry.begin(start_unix_ns, worker);
         }
+        let mut stage = Stage::new(self)?;
         let mut entry = stage.known(id)?;
         if entry.rollout.state.is_terminal() {
             return Err(StoreError::RolloutEnded { id: id.clone(), state: entry.rollout.state });
@@ -132,21 +131,20 @@ impl<D: KeyValue> Ledger<D> {
             return self.begin_attempt(id, start_unix_ns, worker);
         }
         let attempt = entry.begin(start_unix_ns, worker)?;
-        stage.state.live.insert(id.clone(), entry);
+        stage.hold(entry);
         Ok(attempt)
     }
 
     pub(crate) fn mark_running(&self, key: &AttemptKey) -> Result<()> {
-        let mut state = self.lock();
-        if let Some(entry) = state.live.get_mut(&key.rollout) {
+        if let Some(entry) = self.lock().changeable(&key.rollout) {
             entry.check_live(key)?;
             return entry.step(AttemptState::Running, RolloutState::Running);
         }
-        let found = self.find(&state, &key.rollout)?;
-        let mut entry = found.ok_or_else(|| StoreError::UnknownRollout(key.rollout.clone()))?;
+        let mut stage = Stage::new(self)?;
+        let mut entry = stage.known(&key.rollout)?;
         entry.check_live(key)?;
         entry.step(AttemptState::Running, RolloutState::Running)?;
-        state.live.insert(key.rollout.clone(), entry);
+        stage.hold(entry);
         Ok(())
     }
 
@@ -239,12 +237,12 @@ impl<D: KeyValue> Ledger<D> {
     }
 
     pub(crate) fn attempts(&self, id: &RolloutId) -> Result<Vec<AttemptRecord>> {
-        let found = self.find(&self.lock(), id)?;
+        let found = self.find(id)?;
         Ok(found.ok_or_else(|| StoreError::UnknownRollout(id.clone()))?.attempts)
     }
 
     pub(crate) fn spans(&self, key: &AttemptKey) -> Result<Vec<Span>> {
-        let found = self.find(&self.lock(), &key.rollout)?;
+        let found = self.find(&key.rollout)?;
         let entry = found.ok_or_else(|| StoreError::UnknownRollout(key.rollout.clone()))?;
         let attempt = entry.attempts.iter().find(|attempt| attempt.key == *key);
         let recorded = attempt.ok_or_else(|| StoreError::UnknownAttempt(key.clone()))?.spans;
@@ -284,8 +282,8 @@ impl<D: KeyValue> Ledger<D> {
         let state = self.lock();
         let mut counters = state.counters.clone();
         #[expect(clippy::iter_over_hash_type, reason = "only sums are taken")]
-        for entry in state.live.values() {
-            counters.count(entry);
+        for held in state.live.values() {
+            counters.count(&held.entry);
         }
         drop(state);
         Ok(StoreStatistics {
@@ -330,7 +328,7 @@ fn read_spans(database: &impl KeyValue, rollout: &RolloutRecord, key: &AttemptKe
 }
 
 /// A fork refers to a prefix that is there and never changes: that of an attempt that has ended.
-fn check_fork<D: KeyValue>(stage: &Stage<'_, D>, spec: &RolloutSpec) -> Result<()> {
+fn check_fork<D: KeyValue>(stage: &mut Stage<'_, D>, spec: &RolloutSpec) -> Result<()> {
     let Some(fork) = &spec.fork_of else { return Ok(()) };
     let invalid = |detail: String| StoreError::InvalidFork {
         id: spec.id.clone(),

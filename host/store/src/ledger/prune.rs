@@ -8,7 +8,7 @@ use fulgurite_core::id::RolloutId;
 use fulgurite_core::record::RolloutRecord;
 
 use super::{Ledger, Stage, StoredRollout, check_stored};
-use crate::codec::{self, FRAGMENT_HEADER_BYTES};
+use crate::codec;
 use crate::error::Result;
 use crate::key_value::{Batch, KeyRange, KeyValue};
 use crate::keys::{self, Kind};
@@ -48,7 +48,7 @@ impl<D: KeyValue> Ledger<D> {
         let mut commits = 0;
         loop {
             let mut stage = Stage::new(self)?;
-            self.protect_new_forks(&mut plan, &stage)?;
+            self.protect_new_forks(&mut plan, &mut stage)?;
             let (mut victims, mut seen, mut last) = (vec![], 0, vec![]);
             codec::scan(&self.database, &range, |key, stored: StoredRollout| {
                 check_stored(key, &stored.0, &stored.1)?;
@@ -135,7 +135,7 @@ impl<D: KeyValue> Ledger<D> {
 
     /// Forks that were enqueued since the plan was made keep their ancestors too. The ancestors of these stay anyway: a
     /// fork that is there keeps them, or it would not be there.
-    fn protect_new_forks(&self, plan: &mut Plan<'_>, stage: &Stage<'_, D>) -> Result<()> {
+    fn protect_new_forks(&self, plan: &mut Plan<'_>, stage: &mut Stage<'_, D>) -> Result<()> {
         let mut range = KeyRange::prefix(&[Kind::Rollout as u8]);
         range.start = keys::rollout_key(plan.next_ordinal);
         let mut next = plan.next_ordinal;
@@ -159,15 +159,19 @@ impl<D: KeyValue> Ledger<D> {
             batch.push((key.to_vec(), None));
             Ok(ControlFlow::Continue(()))
         })?;
-        let mut span_bytes = 0;
+        let (mut span_bytes, mut is_compressed) = (0, false);
         self.database.scan(&KeyRange::prefix(&keys::rollout_spans_prefix(rollout.ordinal)), &mut |key, value| {
             batch.push((key.to_vec(), None));
-            let format_bytes = match (keys::is_fragment(key), codec::parse(key, value)) {
-                (true, _) => 0,
-                (false, Ok((_, 1))) => 1,
-                (false, _) => FRAGMENT_HEADER_BYTES,
+            // What is compressed says how long it was; of other fragments each has its share.
+            span_bytes += match codec::parse(key, value) {
+                _ if keys::is_fragment(key) && is_compressed => 0,
+                _ if keys::is_fragment(key) => value.len() as u64,
+                Ok(head) => {
+                    is_compressed = head.raw_bytes.is_some();
+                    head.raw_bytes.map_or(head.bytes.len() as u64, u64::from)
+                }
+                Err(_) => 0,
             };
-            span_bytes += value.len().saturating_sub(format_bytes) as u64;
             Ok(ControlFlow::Continue(()))
         })?;
         Ok(span_bytes)

@@ -79,7 +79,7 @@ impl<D: KeyValue> Ledger<D> {
         let (rollout, attempts) = stored;
         check_stored(key, &rollout, &attempts)?;
         Ok(match state.live.get(&rollout.spec.id) {
-            Some(entry) => (entry.rollout.clone(), entry.attempts.clone()),
+            Some(held) => (held.entry.rollout.clone(), held.entry.attempts.clone()),
             None => (rollout, attempts),
         })
     }
@@ -226,7 +226,7 @@ impl<D: KeyValue> Ledger<D> {
 
     pub(crate) fn span_page(&self, query: &SpanQuery) -> Result<Page<Span>> {
         let limit = page_limit(query.limit);
-        let found = self.find(&self.lock(), &query.rollout)?;
+        let found = self.find(&query.rollout)?;
         let entry = found.ok_or_else(|| StoreError::UnknownRollout(query.rollout.clone()))?;
         let number = query.attempt.or(entry.rollout.attempt);
         let known = number.filter(|number| entry.attempts.iter().any(|attempt| attempt.key.attempt == *number));

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use fulgurite_core::id::ContentHash;
 use serde::{Deserialize, Serialize};
 
-use super::{Ledger, Stage, State};
+use super::{Counters, Ledger, Stage};
 use crate::codec;
 use crate::error::{Result, StoreError};
 use crate::key_value::KeyValue;
@@ -37,9 +37,9 @@ impl ResourcesRecord {
 impl<D: KeyValue> Ledger<D> {
     pub(crate) fn publish_template(&self, after: u64, name: &str, text: &str) -> Result<u64> {
         let mut stage = Stage::new(self)?;
-        let mut names = if after == 0 { BTreeMap::new() } else { self.resources(&stage.state, after)?.names };
+        let mut names = if after == 0 { BTreeMap::new() } else { self.resources(&stage.counters, after)?.names };
         for version in after + 1..=stage.counters.resources_version {
-            let record = self.resources(&stage.state, version)?;
+            let record = self.resources(&stage.counters, version)?;
             if record.after == after && record.name == name && record.text == text {
                 self.sync(stage.commit()?)?;
                 return Ok(version);
@@ -54,35 +54,35 @@ impl<D: KeyValue> Ledger<D> {
         Ok(version)
     }
 
-    fn resources(&self, state: &State, version: u64) -> Result<ResourcesRecord> {
-        if version == 0 || version > state.counters.resources_version {
+    fn resources(&self, counters: &Counters, version: u64) -> Result<ResourcesRecord> {
+        if version == 0 || version > counters.resources_version {
             return Err(StoreError::UnknownResources(version));
         }
         let key = keys::resources_key(version);
         codec::get(&self.database, &key)?.ok_or_else(|| codec::corrupt(&key, "it is missing"))
     }
 
-    fn published(&self, state: &State, version: u64) -> Result<Template> {
-        Ok(self.resources(state, version)?.into_template(version))
+    fn published(&self, counters: &Counters, version: u64) -> Result<Template> {
+        Ok(self.resources(counters, version)?.into_template(version))
     }
 
     pub(crate) fn template(&self, name: &str, version: Option<u64>) -> Result<Option<Template>> {
-        let state = self.lock();
-        let version = version.unwrap_or(state.counters.resources_version);
+        let counters = self.lock().counters.clone();
+        let version = version.unwrap_or(counters.resources_version);
         if version == 0 {
             return Ok(None);
         }
-        let names = self.resources(&state, version)?.names;
-        names.get(name).map(|published| self.published(&state, *published)).transpose()
+        let names = self.resources(&counters, version)?.names;
+        names.get(name).map(|published| self.published(&counters, *published)).transpose()
     }
 
     pub(crate) fn templates(&self, version: u64) -> Result<Vec<Template>> {
         if version == 0 {
             return Ok(vec![]);
         }
-        let state = self.lock();
-        let names = self.resources(&state, version)?.names;
-        names.values().map(|published| self.published(&state, *published)).collect()
+        let counters = self.lock().counters.clone();
+        let names = self.resources(&counters, version)?.names;
+        names.values().map(|published| self.published(&counters, *published)).collect()
     }
 
     pub(crate) fn resources_version(&self) -> u64 {

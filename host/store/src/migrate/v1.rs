@@ -180,7 +180,8 @@ pub(crate) fn convert(old: &impl KeyValue, writer: &mut Writer<'_>) -> Result<()
         new.add_outcomes(&attempts);
         let mut batch = vec![];
         codec::put(&mut batch, keys::index_key(&rollout.spec.id), &codec::encode(&rollout.ordinal)?)?;
-        codec::put(&mut batch, keys::rollout_key(rollout.ordinal), &codec::encode(&(&rollout, &attempts))?)?;
+        let packed = codec::pack(codec::encode(&(&rollout, &attempts))?);
+        codec::put_packed(&mut batch, keys::rollout_key(rollout.ordinal), &packed)?;
         writer.put_all(batch)
     })?;
     for kind in [Kind::Spans, Kind::Resources] {

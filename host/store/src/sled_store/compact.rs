@@ -77,7 +77,7 @@ pub(super) fn run(files: &Arc<StoreFiles>, progress: Progress<'_>) -> Result<Com
                     return Ok(ControlFlow::Continue(()));
                 }
                 if kind != Some(Kind::Schema) {
-                    fragments = codec::parse(key, value)?.1;
+                    fragments = codec::parse(key, value)?.fragments;
                 }
                 if kind == Some(Kind::Blob) && !kept.contains(key) {
                     counters.blobs = counters.blobs.saturating_sub(1);
