@@ -30,6 +30,9 @@ pub struct SandboxSettings {
     pub memory_bytes_max: u64,
     /// Whether guests count instructions. Compiled into their code: [`Limits::fuel_max`] needs it.
     pub fuel: bool,
+    /// Agents and tools that will be alive at once; `None` is as many as the machine bears. A pool that is larger than
+    /// what is used spreads its guests over more pages, which all stay in memory.
+    pub guests_max: Option<usize>,
 }
 
 impl SandboxSettings {
@@ -41,6 +44,7 @@ impl SandboxSettings {
             stack_bytes_max: limits.stack_bytes_max,
             memory_bytes_max: limits.memory_bytes_max,
             fuel: limits.fuel_max > 0,
+            guests_max: None,
         }
     }
 }
@@ -150,7 +154,7 @@ impl Sandbox {
             return Ok(Arc::clone(world));
         }
         let settings = &self.inner.settings;
-        let slots = Slots::of_machine(profile);
+        let slots = Slots::of_machine(profile).at_most(settings.guests_max);
         let cache = || self.inner.cache.clone();
         // Where address space is rationed the pool cannot be reserved; instances made on demand only cost more time.
         let engine = Engine::new(profile::config(profile, settings, cache()).allocation_strategy(slots.pool(settings)))

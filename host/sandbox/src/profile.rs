@@ -147,6 +147,12 @@ impl Slots {
         Self { profile, attempts: total.saturating_sub(graders).max(1), graders }
     }
 
+    /// No more than are wanted.
+    pub(crate) fn at_most(self, guests_max: Option<usize>) -> Self {
+        let wanted = guests_max.map_or(u32::MAX, |guests| u32::try_from(guests).unwrap_or(u32::MAX));
+        Self { attempts: self.attempts.min(wanted.max(1)), ..self }
+    }
+
     /// The pool, or none where instances are made on demand.
     pub(crate) fn pool(self, settings: &SandboxSettings) -> InstanceAllocationStrategy {
         let total = self.attempts + self.graders;

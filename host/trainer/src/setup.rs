@@ -74,6 +74,7 @@ impl Setup {
         let sandbox = Sandbox::new(SandboxSettings {
             // Counting is compiled in, so it is on for all when one plugin needs it.
             fuel: config.limits.fuel_max > 0 || config.plugin_limits().values().any(|limits| limits.fuel_max > 0),
+            guests_max: Some(config.rollout.live_max.saturating_mul(1 + config.tools.len())),
             ..SandboxSettings::new(cache, &config.limits)
         })?;
         let tools = grants::load_tools(&sandbox, &config, &run, guarded_cache.as_deref()).await?;

@@ -49,8 +49,10 @@ pub(crate) struct LoadSettings {
     pub(crate) recording: Recording,
 }
 
-pub(crate) fn sandbox() -> Result<Sandbox, Failure> {
-    Sandbox::new(SandboxSettings::new(paths::cache(), &Limits::default())).map_err(Failure::failed)
+/// A sandbox for so many live agents, as `fulgurite run` makes one for `rollout.live_max`.
+pub(crate) fn sandbox(live_max: usize) -> Result<Sandbox, Failure> {
+    let settings = SandboxSettings::new(paths::cache(), &Limits::default());
+    Sandbox::new(SandboxSettings { guests_max: Some(live_max), ..settings }).map_err(Failure::failed)
 }
 
 /// Words of questions. Drawn at random, so that a recording is about as hard to compress as one of real conversations.
@@ -149,7 +151,7 @@ impl Load {
         store: Arc<dyn RolloutStore>,
         settings: &LoadSettings,
     ) -> Result<Self, Failure> {
-        let sandbox = sandbox()?;
+        let sandbox = sandbox(settings.live_max)?;
         let grader = settings.graded.then(|| sandbox.load_grader(&components.grader)).transpose().map_err(hinted)?;
         let agent = sandbox.load_agent(&components.agent).map_err(hinted)?;
         let runner = RunnerSettings {

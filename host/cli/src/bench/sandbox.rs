@@ -183,7 +183,7 @@ fn measure(arguments: &BenchSandboxArguments, mode: BenchMode) -> Result<(), Fai
 }
 
 async fn bare(components: &Components, live: usize, latency: Duration, rollouts: u64) -> Result<Measured, Failure> {
-    let agent = Arc::new(sandbox()?.load_bare_agent(&components.agent, ANSWER).map_err(Failure::failed)?);
+    let agent = Arc::new(sandbox(live)?.load_bare_agent(&components.agent, ANSWER).map_err(Failure::failed)?);
     let inputs: Vec<Arc<str>> =
         (0..64).map(|index| serde_json::json!({ "question": question(index) }).to_string().into()).collect();
     let run = |count: u64| {
