@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test that cannot go on has failed")]
 
+use std::sync::Arc;
+
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -125,7 +127,7 @@ fn fill(store: &SledStore) {
         execution: hashes[1],
         fork_of: None,
     };
-    store.enqueue((0..12).map(spec).collect()).unwrap();
+    store.enqueue((0..12).map(spec).map(Arc::new).collect()).unwrap();
     for index in 0..11 {
         let key = store.begin_attempt(&id(index), 1_000_000, "worker-1").unwrap().key;
         store.mark_running(&key).unwrap();
@@ -164,7 +166,7 @@ fn fill(store: &SledStore) {
         attempts: 11,
     };
     store.put_worker(worker).unwrap();
-    store.enqueue(vec![spec(0)]).unwrap();
+    store.enqueue(vec![spec(0).into()]).unwrap();
 }
 
 #[test]

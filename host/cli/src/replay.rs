@@ -55,7 +55,7 @@ pub(crate) async fn replay(arguments: ReplayArguments) -> Result<(), Failure> {
 }
 
 /// The attempts that are meant, with what was asked for.
-fn keys(store: &dyn RolloutStore, arguments: &ReplayArguments) -> Result<Vec<(AttemptKey, RolloutSpec)>, Failure> {
+fn keys(store: &dyn RolloutStore, arguments: &ReplayArguments) -> Result<Vec<(AttemptKey, Arc<RolloutSpec>)>, Failure> {
     let newest = |record: RolloutRecord| {
         let attempt = arguments.attempt.map(AttemptNumber).or(record.attempt)?;
         Some((AttemptKey { rollout: record.spec.id.clone(), attempt }, record.spec))

@@ -1,6 +1,7 @@
 //! What the store keeps of rollouts, attempts and resources.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -90,8 +91,8 @@ pub struct RolloutSpec {
 /// A rollout as the store keeps it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RolloutRecord {
-    /// What was asked for.
-    pub spec: RolloutSpec,
+    /// What was asked for. Shared: it never changes.
+    pub spec: Arc<RolloutSpec>,
     /// Where it stands.
     pub state: RolloutState,
     /// The newest attempt; `None` before the first.

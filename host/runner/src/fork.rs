@@ -46,10 +46,10 @@ pub fn lineage(store: &dyn RolloutStore, key: &AttemptKey) -> Result<Lineage, St
         }
         pieces.push(Piece { key, seed: record.spec.seed, start_unix_ns: attempt.start_unix_ns, from, until });
         // A fork that leaves its ancestor in what that has from its own ancestor takes no more than that.
-        next = record
-            .spec
-            .fork_of
-            .map(|fork| (AttemptKey { rollout: fork.rollout, attempt: fork.attempt }, fork.event.min(until)));
+        next =
+            record.spec.fork_of.as_ref().map(|fork| {
+                (AttemptKey { rollout: fork.rollout.clone(), attempt: fork.attempt }, fork.event.min(until))
+            });
     }
     let start_unix_ns = pieces.last().map_or(0, |oldest| oldest.start_unix_ns);
     let (mut spans, mut seeds) = (vec![], vec![]);

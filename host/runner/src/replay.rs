@@ -62,7 +62,7 @@ pub enum ReplayError {
 #[derive(Debug, Clone)]
 pub struct Recorded {
     /// What was asked for.
-    pub spec: RolloutSpec,
+    pub spec: Arc<RolloutSpec>,
     /// The attempt.
     pub attempt: AttemptRecord,
     /// Its item.

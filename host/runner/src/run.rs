@@ -257,7 +257,7 @@ impl Runner {
             return Ok(vec![]);
         }
         let store = Arc::clone(&self.shared.store);
-        let specs: Vec<_> = jobs.iter().map(|job| job.spec.clone()).collect();
+        let specs: Vec<_> = jobs.iter().map(|job| Arc::clone(&job.spec)).collect();
         // What a rollout pins is kept beside it, once, so that it can be run again from the store alone.
         let items: BTreeMap<_, _> = jobs.iter().map(|job| job.item.texts()).map(|texts| (texts.hash, texts)).collect();
         let mut blobs: Vec<Vec<u8>> = vec![];
@@ -310,10 +310,10 @@ struct Worker {
 impl Worker {
     fn spawn_all(ready: &mut Vec<Self>) {
         for worker in ready.drain(..) {
-            // Boxed, because a future that is moved into another one takes its place twice.
+            let (place, results, mut orders) = (worker.place, worker.results.clone(), worker.orders.clone());
+            // Boxed here, because a future that is moved into another one takes its place twice.
+            let mut work = Box::pin(worker.run());
             tokio::spawn(async move {
-                let (place, results, mut orders) = (worker.place, worker.results.clone(), worker.orders.clone());
-                let mut work = Box::pin(worker.run());
                 let result = tokio::select! {
                     result = &mut work => result,
                     () = told(&mut orders, Order::Abandon) => return,
@@ -500,11 +500,11 @@ impl Shared {
                 outcome: Some(outcome.clone()),
                 ..unrecorded(job, AttemptNumber::FIRST)
             };
-            return Ok(RolloutResult { spec: job.spec.clone(), attempt, outcome, spans: Arc::default() });
+            return Ok(RolloutResult { spec: Arc::clone(&job.spec), attempt, outcome, spans: Arc::default() });
         };
         let outcome = attempt.outcome.clone().ok_or(RunnerError::WorkerLost)?;
         let spans = Arc::new(self.store.spans(&attempt.key)?);
-        Ok(RolloutResult { spec: job.spec.clone(), attempt, outcome, spans })
+        Ok(RolloutResult { spec: Arc::clone(&job.spec), attempt, outcome, spans })
     }
 
     async fn attempt(
@@ -595,7 +595,7 @@ impl Shared {
             };
             commit = Some(self.committer.commit(finish).await?);
         }
-        Ok((RolloutResult { spec: job.spec.clone(), attempt, outcome: ran.outcome, spans }, commit))
+        Ok((RolloutResult { spec: Arc::clone(&job.spec), attempt, outcome: ran.outcome, spans }, commit))
     }
 }
 

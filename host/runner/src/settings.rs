@@ -126,7 +126,7 @@ impl Conditions {
 #[derive(Debug, Clone)]
 pub struct Job {
     /// What is asked for; durable before it starts.
-    pub spec: RolloutSpec,
+    pub spec: Arc<RolloutSpec>,
     /// The item.
     pub item: Arc<DatasetItem>,
 }
@@ -135,7 +135,7 @@ pub struct Job {
 #[derive(Debug, Clone)]
 pub struct RolloutResult {
     /// What was asked for.
-    pub spec: RolloutSpec,
+    pub spec: Arc<RolloutSpec>,
     /// The attempt that counts: the last one.
     pub attempt: AttemptRecord,
     /// How it ended.

@@ -108,7 +108,7 @@ fn job(id: &str, behaviour: &str, world: &str) -> Job {
         execution: ContentHash::of(b"test"),
         fork_of: None,
     };
-    Job { spec, item: Arc::new(item) }
+    Job { spec: spec.into(), item: Arc::new(item) }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -9,6 +9,7 @@
 //! a way to store spans.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use fulgurite_core::dataset::Split;
@@ -147,7 +148,9 @@ pub fn benchmark(dir: &Path, settings: &BenchmarkSettings) -> Result<BenchmarkRe
         return Err(StoreError::NotEmpty { dir: dir.to_owned() });
     }
     let mut keys = vec![];
-    for rollout in store.enqueue((0..settings.rollouts).map(spec).collect::<Result<_>>()?)? {
+    for rollout in
+        store.enqueue((0..settings.rollouts).map(|index| Ok(Arc::new(spec(index)?))).collect::<Result<_>>()?)?
+    {
         let key = store.begin_attempt(&rollout.record().spec.id, 1, "")?.key;
         store.mark_running(&key)?;
         keys.push(key);

@@ -6,7 +6,7 @@ macro_rules! delegate_to_ledger {
         impl $crate::RolloutStore for $store {
             fn enqueue(
                 &self,
-                specs: Vec<fulgurite_core::record::RolloutSpec>,
+                specs: Vec<std::sync::Arc<fulgurite_core::record::RolloutSpec>>,
             ) -> $crate::Result<Vec<$crate::Enqueued>> {
                 self.ledger.enqueue(specs)
             }

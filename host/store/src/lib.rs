@@ -61,6 +61,8 @@ mod samples;
 mod sled_store;
 mod span_text;
 
+use std::sync::Arc;
+
 use fulgurite_core::id::{AttemptKey, ContentHash, RolloutId};
 use fulgurite_core::record::{AttemptRecord, RolloutRecord, RolloutSpec, WorkerRecord};
 use fulgurite_core::span::Span;
@@ -91,7 +93,7 @@ pub trait RolloutStore: Send + Sync {
     ///
     /// # Errors
     /// [`StoreError::Conflict`] when an id is taken by another spec; [`StoreError::InvalidFork`]; errors of writing.
-    fn enqueue(&self, specs: Vec<RolloutSpec>) -> Result<Vec<Enqueued>>;
+    fn enqueue(&self, specs: Vec<Arc<RolloutSpec>>) -> Result<Vec<Enqueued>>;
 
     /// One rollout.
     ///

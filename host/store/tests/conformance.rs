@@ -7,6 +7,8 @@
 #[allow(dead_code, reason = "shared with tests that use more of it")]
 mod samples;
 
+use std::sync::Arc;
+
 use std::collections::BTreeMap;
 
 use fulgurite_core::id::RolloutId;
@@ -345,10 +347,10 @@ fn verdict<T>(result: Result<T, StoreError>) -> Result<T, &'static str> {
     result.map_err(|error| name_of(&error))
 }
 
-fn spec_of(index: u64, warm: bool) -> fulgurite_core::record::RolloutSpec {
+fn spec_of(index: u64, warm: bool) -> Arc<fulgurite_core::record::RolloutSpec> {
     let mut spec = spec(index);
     if warm {
-        spec.sampling.temperature = 2.0;
+        Arc::make_mut(&mut spec).sampling.temperature = 2.0;
     }
     spec
 }
@@ -551,13 +553,13 @@ fn a_conflicting_spec_enqueues_nothing(harness: &mut dyn Harness) {
     let store = harness.store();
     store.enqueue(vec![spec(1)]).unwrap();
     let mut other = spec(1);
-    other.seed = fulgurite_core::seed::Seed::new(99);
+    Arc::make_mut(&mut other).seed = fulgurite_core::seed::Seed::new(99);
     let error = store.enqueue(vec![spec(2), other]).unwrap_err();
     assert_eq!(error.to_string(), "rollout `grpo-00000-0001` is already enqueued with a different spec");
     assert_eq!(store.rollout(&rollout_id(2)).unwrap(), None);
     // A spec that is not equal to itself by `==` still is the same spec.
     let mut not_a_number = spec(3);
-    not_a_number.sampling.min_p = f32::NAN;
+    Arc::make_mut(&mut not_a_number).sampling.min_p = f32::NAN;
     store.enqueue(vec![not_a_number.clone()]).unwrap();
     assert!(store.enqueue(vec![not_a_number]).unwrap()[0].is_existing());
 }

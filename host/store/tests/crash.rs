@@ -11,6 +11,8 @@
 #[allow(dead_code, reason = "shared with tests that use more of it")]
 mod samples;
 
+use std::sync::Arc;
+
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
@@ -96,7 +98,8 @@ fn crash_child() {
     // What the last child left behind is run again.
     for state in [RolloutState::Running, RolloutState::Preparing, RolloutState::Requeuing] {
         let query = RolloutQuery { state: Some(state), ..RolloutQuery::default() };
-        let left: Vec<RolloutId> = store.rollouts(&query).unwrap().into_iter().map(|record| record.spec.id).collect();
+        let left: Vec<RolloutId> =
+            store.rollouts(&query).unwrap().into_iter().map(|record| record.spec.id.clone()).collect();
         run_rollouts(&store, &left, &mut Generator::new(seed.child(state.as_str())));
     }
     std::thread::scope(|scope| {
@@ -108,12 +111,13 @@ fn crash_child() {
                     // Not synced by itself: the enqueueing that follows covers it.
                     let blob = format!("item {generation} {thread} {round}").repeat(1 + generator.below(400));
                     let item = store.put_blobs(vec![blob.into_bytes()]).unwrap()[0];
-                    let specs: Vec<RolloutSpec> = (0..=generator.below(4))
+                    let specs: Vec<_> = (0..=generator.below(4))
                         .map(|index| RolloutSpec {
                             id: RolloutId::new(format!("g{generation}-t{thread}-{round}-{index}")).unwrap(),
                             item,
-                            ..spec(round)
+                            ..(*spec(round)).clone()
                         })
+                        .map(Arc::new)
                         .collect();
                     let ids: Vec<RolloutId> = specs.iter().map(|spec| spec.id.clone()).collect();
                     store.enqueue(specs).unwrap();

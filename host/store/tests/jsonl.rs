@@ -6,6 +6,8 @@
 #[allow(dead_code, reason = "shared with tests that use more of it")]
 mod samples;
 
+use std::sync::Arc;
+
 use fulgurite_core::id::AttemptKey;
 use fulgurite_core::record::WorkerRecord;
 use fulgurite_core::span::SpanBody;
@@ -35,10 +37,11 @@ fn fill(store: &dyn RolloutStore) {
     let item = store.put_blobs(blobs).unwrap()[0];
     let mut specs: Vec<_> = (0..12).map(spec).collect();
     for spec in &mut specs {
+        let spec = Arc::make_mut(spec);
         spec.item = item;
         spec.sampling.temperature = 0.7;
     }
-    specs[3].sampling.min_p = f32::NAN;
+    Arc::make_mut(&mut specs[3]).sampling.min_p = f32::NAN;
     store.enqueue(specs).unwrap();
     for index in 0..9 {
         let key = store.begin_attempt(&rollout_id(index), u64::MAX, "worker").unwrap().key;

@@ -40,7 +40,7 @@ fn run(store: &dyn RolloutStore, index: u64, from: u64, state: RolloutState) -> 
 /// Steps 0 to 4 of two stages with 8 rollouts each; 5 are live or wait, every fourth has failed.
 fn fill(store: &dyn RolloutStore) {
     let item = store.put_blobs(vec![b"item".to_vec(), vec![3; 9_000]]).unwrap()[0];
-    let specs = (0..40).map(|index| fulgurite_core::record::RolloutSpec { item, ..spec(index) });
+    let specs = (0..40).map(|index| fulgurite_core::record::RolloutSpec { item, ..(*spec(index)).clone() }.into());
     store.enqueue(specs.collect()).unwrap();
     for index in 0..38 {
         match index {
@@ -66,7 +66,7 @@ fn fill(store: &dyn RolloutStore) {
 }
 
 fn ids(store: &dyn RolloutStore) -> Vec<RolloutId> {
-    store.rollouts(&RolloutQuery::default()).unwrap().into_iter().map(|rollout| rollout.spec.id).collect()
+    store.rollouts(&RolloutQuery::default()).unwrap().into_iter().map(|rollout| rollout.spec.id.clone()).collect()
 }
 
 fn sound(store: &dyn RolloutStore) -> CheckReport {

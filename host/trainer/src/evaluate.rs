@@ -106,7 +106,7 @@ impl Evaluator<'_> {
                 execution: self.runner.execution_hash(),
                 fork_of: None,
             };
-            jobs.push(Job { spec, item: Arc::clone(item) });
+            jobs.push(Job { spec: spec.into(), item: Arc::clone(item) });
         }
         self.progress.event(ProgressEvent::EvaluationStarted { label: label.to_owned(), kind, rollouts: count as u64 });
         let batch = self.runner.submit(jobs, Arc::clone(backend)).await?;

@@ -78,9 +78,9 @@ pub async fn fork(
                 item: item.texts().hash,
                 execution: setup.runner.execution_hash(),
                 fork_of: Some(point.clone()),
-                ..ancestor.spec.clone()
+                ..(*ancestor.spec).clone()
             };
-            jobs.push(Job { spec, item: Arc::clone(&item) });
+            jobs.push(Job { spec: spec.into(), item: Arc::clone(&item) });
         }
         number += 1;
     }

@@ -204,7 +204,7 @@ impl StageHost {
                 let id = RolloutId::derived(&self.stage.name, state.step, index)
                     .map_err(|error| AlgorithmHostError::InvalidArgument(error.to_string()))?;
                 jobs.push(Job {
-                    spec: RolloutSpec {
+                    spec: Arc::new(RolloutSpec {
                         id,
                         stage: self.stage.name.clone(),
                         step: state.step,
@@ -221,7 +221,7 @@ impl StageHost {
                         item: item.texts().hash,
                         execution: self.runner.execution_hash(),
                         fork_of: fork.as_ref().map(|(point, _)| point.clone()),
-                    },
+                    }),
                     item: Arc::clone(item),
                 });
                 places.push(group as u64);

@@ -207,7 +207,7 @@ impl Load {
             execution: self.runner.execution_hash(),
             fork_of: None,
         };
-        Ok(Job { spec, item: Arc::clone(item) })
+        Ok(Job { spec: spec.into(), item: Arc::clone(item) })
     }
 }
 

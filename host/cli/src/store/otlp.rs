@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, Write};
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::anyhow;
 use fulgurite_core::dataset::Split;
@@ -89,7 +90,7 @@ pub(super) fn import(
 }
 
 fn take(store: &SledStore, traces: &[CollectedTrace], imported: &mut Imported) -> Result<(), Failure> {
-    let specs: Vec<RolloutSpec> = traces.iter().map(spec).collect::<Result<_, _>>()?;
+    let specs: Vec<Arc<RolloutSpec>> = traces.iter().map(spec).collect::<Result<_, _>>()?;
     let mut finishes = vec![];
     for (trace, enqueued) in traces.iter().zip(store.enqueue(specs).map_err(failure)?) {
         match enqueued {
@@ -108,8 +109,8 @@ fn take(store: &SledStore, traces: &[CollectedTrace], imported: &mut Imported) -
     Ok(())
 }
 
-fn spec(trace: &CollectedTrace) -> Result<RolloutSpec, Failure> {
-    Ok(RolloutSpec {
+fn spec(trace: &CollectedTrace) -> Result<Arc<RolloutSpec>, Failure> {
+    let spec = RolloutSpec {
         id: RolloutId::new(format!("otlp-{}", trace.trace_id)).map_err(Failure::failed)?,
         stage: STAGE.to_owned(),
         step: 0,
@@ -127,7 +128,8 @@ fn spec(trace: &CollectedTrace) -> Result<RolloutSpec, Failure> {
         item: unknown_content(),
         execution: unknown_content(),
         fork_of: None,
-    })
+    };
+    Ok(Arc::new(spec))
 }
 
 fn finish(key: AttemptKey, trace: &CollectedTrace) -> AttemptFinish {

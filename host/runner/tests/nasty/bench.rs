@@ -250,7 +250,7 @@ fn job(id: &str, input: &Value, world: &Value) -> Job {
         execution: ContentHash::of(b"test"),
         fork_of: None,
     };
-    Job { spec, item: Arc::new(item) }
+    Job { spec: spec.into(), item: Arc::new(item) }
 }
 
 /// An error with its causes.

@@ -58,8 +58,8 @@ async fn another_grader_is_found_at_its_reward_and_another_tool_at_its_answer() 
         assert_eq!(job.item.reference, json!({"answer": 1}));
     }
     let item = fulgurite_core::dataset::DatasetItem::new("item", json!({"question": "?"}), json!({}), reference);
-    right.spec.item = item.texts().hash;
-    right.spec.item_id.clone_from(&item.id);
+    Arc::make_mut(&mut right.spec).item = item.texts().hash;
+    Arc::make_mut(&mut right.spec).item_id.clone_from(&item.id);
     right.item = Arc::new(item);
     let result = bench.record(&runner, vec![right], Model::Answers).await.remove(0);
     assert_eq!(result.attempt.rewards.last().map(|reward| reward.value), Some(0.0), "{result:?}");

@@ -34,7 +34,7 @@ fn ten_thousand_generated_rollouts_are_replayed_identically() {
     assert!(results.iter().map(|result| result.spans.len()).sum::<usize>() > 80_000);
 
     // Other threads, in another order.
-    let ids: Vec<_> = results.into_iter().map(|result| result.spec.id).collect();
+    let ids: Vec<_> = results.into_iter().map(|result| result.spec.id.clone()).collect();
     let different = runtime(3).block_on(bench.different(&ids, plugins(), 32));
     let first = different.first().map(shown);
     assert!(different.is_empty(), "{} are different, such as {}", different.len(), first.unwrap_or_default());

@@ -33,7 +33,7 @@ fn a_store_that_was_closed_another_engine_and_other_threads() {
             job(&runner, &format!("places-{number}"), number, &program(steps), &json!({}))
         });
         let results = bench.record(&runner, programs.collect(), Model::Moody).await;
-        results.into_iter().map(|result| result.spec.id).collect::<Vec<_>>()
+        results.into_iter().map(|result| result.spec.id.clone()).collect::<Vec<_>>()
     });
     let components = tempfile::tempdir().unwrap();
     let store: Arc<dyn RolloutStore> = Arc::new(SledStore::open(folder.path()).unwrap());

@@ -313,7 +313,7 @@ pub fn job(runner: &Runner, id: &str, seed: u64, input: &Value, world: &Value) -
         execution: runner.execution_hash(),
         fork_of: None,
     };
-    Job { spec, item: Arc::new(item) }
+    Job { spec: spec.into(), item: Arc::new(item) }
 }
 
 /// A rollout that leaves another one.
@@ -323,9 +323,9 @@ pub fn fork_job(ancestor: &Job, id: &str, seed: u64, point: ForkPoint) -> Job {
         seed: Seed::new(seed),
         policy_version: PolicyVersion(4),
         fork_of: Some(point),
-        ..ancestor.spec.clone()
+        ..(*ancestor.spec).clone()
     };
-    Job { spec, item: Arc::clone(&ancestor.item) }
+    Job { spec: spec.into(), item: Arc::clone(&ancestor.item) }
 }
 
 /// An input that names a behaviour.

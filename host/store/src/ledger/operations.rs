@@ -1,6 +1,7 @@
 //! The operations of the ledger, as [`RolloutStore`](crate::RolloutStore) documents them.
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 use fulgurite_core::id::{AttemptKey, RolloutId};
 use fulgurite_core::outcome::{AttemptOutcome, OutcomeKind};
@@ -79,14 +80,14 @@ fn check_end(finish: &AttemptFinish) -> Result<()> {
 }
 
 impl<D: KeyValue> Ledger<D> {
-    pub(crate) fn enqueue(&self, specs: Vec<RolloutSpec>) -> Result<Vec<Enqueued>> {
+    pub(crate) fn enqueue(&self, specs: Vec<Arc<RolloutSpec>>) -> Result<Vec<Enqueued>> {
         let mut stage = Stage::new(self)?;
         let mut results: Vec<Enqueued> = Vec::with_capacity(specs.len());
         for spec in specs {
             if let Some(known) = stage.find(&spec.id)? {
                 // Bytes are compared, so that a NaN equals itself.
                 if codec::encode(&known.rollout.spec)? != codec::encode(&spec)? {
-                    return Err(StoreError::Conflict(spec.id));
+                    return Err(StoreError::Conflict(spec.id.clone()));
                 }
                 results.push(Enqueued::Existing(known.rollout));
                 continue;
@@ -267,11 +268,11 @@ impl<D: KeyValue> Ledger<D> {
             own.retain(|span| span.sequence < until);
             parts.push(own);
             let found = self.rollout(&next.rollout)?.ok_or_else(|| StoreError::UnknownRollout(next.rollout.clone()))?;
-            match found.spec.fork_of {
+            match &found.spec.fork_of {
                 // An ancestor was there before its fork, so this ends.
                 Some(fork) => {
                     until = until.min(fork.event);
-                    next = AttemptKey { rollout: fork.rollout, attempt: fork.attempt };
+                    next = AttemptKey { rollout: fork.rollout.clone(), attempt: fork.attempt };
                 }
                 None => return Ok(parts.into_iter().rev().flatten().collect()),
             }

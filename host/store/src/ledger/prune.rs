@@ -94,7 +94,7 @@ impl<D: KeyValue> Ledger<D> {
             // The newest steps that there are, which need not follow one another.
             let mut steps: BTreeMap<String, BTreeSet<u64>> = BTreeMap::new();
             self.each_rollout(|rollout| {
-                let of_stage = steps.entry(rollout.spec.stage).or_default();
+                let of_stage = steps.entry(rollout.spec.stage.clone()).or_default();
                 of_stage.insert(rollout.spec.step);
                 if of_stage.len() as u64 > keep {
                     of_stage.pop_first();
@@ -107,11 +107,11 @@ impl<D: KeyValue> Ledger<D> {
         let mut staying: Vec<RolloutId> = vec![];
         self.each_rollout(|rollout| {
             let stays = !plan.fits(&rollout);
-            if let Some(fork) = rollout.spec.fork_of {
+            if let Some(fork) = &rollout.spec.fork_of {
                 if stays {
                     staying.push(fork.rollout.clone());
                 }
-                forks.insert(rollout.spec.id, fork.rollout);
+                forks.insert(rollout.spec.id.clone(), fork.rollout.clone());
             }
         })?;
         // What a fork refers to stays, and if that is a fork itself, so does what it refers to.
@@ -141,9 +141,9 @@ impl<D: KeyValue> Ledger<D> {
         let mut next = plan.next_ordinal;
         codec::scan(&self.database, &range, |_, (rollout, _): StoredRollout| {
             next = rollout.ordinal + 1;
-            let mut fork = rollout.spec.fork_of;
+            let mut fork = rollout.spec.fork_of.clone();
             while let Some(point) = fork {
-                fork = stage.find(&point.rollout)?.and_then(|entry| entry.rollout.spec.fork_of);
+                fork = stage.find(&point.rollout)?.and_then(|entry| entry.rollout.spec.fork_of.clone());
                 plan.ancestors.insert(point.rollout);
             }
             Ok(ControlFlow::Continue(()))

@@ -9,6 +9,7 @@
 //! | spans, resources | the same bytes |
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 use fulgurite_core::dataset::Split;
 use fulgurite_core::id::{AttemptKey, AttemptNumber, ContentHash, PolicyVersion, RolloutId};
@@ -88,7 +89,7 @@ impl From<RolloutRecordV1> for RolloutRecord {
     fn from(old: RolloutRecordV1) -> Self {
         let spec = old.spec;
         Self {
-            spec: RolloutSpec {
+            spec: Arc::new(RolloutSpec {
                 id: spec.id,
                 stage: spec.stage,
                 step: spec.step,
@@ -105,7 +106,7 @@ impl From<RolloutRecordV1> for RolloutRecord {
                 item: unknown_content(),
                 execution: unknown_content(),
                 fork_of: None,
-            },
+            }),
             state: old.state,
             attempt: old.attempt,
             ordinal: old.ordinal,

@@ -46,8 +46,8 @@ fn check_migrated(store: &SledStore) {
     assert_eq!(states, [Succeeded, Failed, Cancelled, Running, Queuing, Requeuing, Queuing]);
     for (index, rollout) in (0..).zip(&rollouts) {
         let mut expected = spec(index);
-        expected.item = unknown_content();
-        expected.execution = unknown_content();
+        Arc::make_mut(&mut expected).item = unknown_content();
+        Arc::make_mut(&mut expected).execution = unknown_content();
         assert_eq!(rollout.spec, expected);
         assert_eq!(store.rollout(&rollout.spec.id).unwrap().as_ref(), Some(rollout));
     }
@@ -255,7 +255,7 @@ fn load(store: &SledStore, seed: Seed) -> BTreeMap<AttemptKey, (u64, bool)> {
                     for index in (0..400).filter(|index| index % 3 == thread) {
                         let blob = store.put_blobs(vec![vec![7; generator.below(9_000)]])?.remove(0);
                         let mut spec = spec(index);
-                        spec.item = blob;
+                        Arc::make_mut(&mut spec).item = blob;
                         store.enqueue(vec![spec])?;
                         let key = store.begin_attempt(&rollout_id(index), 1, "")?.key;
                         acknowledged.lock().unwrap().insert(key.clone(), (0, false));

@@ -1,5 +1,7 @@
 //! Records for tests, as functions of a few numbers.
 
+use std::sync::Arc;
+
 use fulgurite_core::dataset::Split;
 use fulgurite_core::id::{
     AttemptKey, AttemptNumber, ContentHash, PolicyVersion, ResponseId, RolloutId, SpanId, TraceId,
@@ -23,8 +25,8 @@ pub(crate) fn key(rollout: &RolloutId, attempt: u32) -> AttemptKey {
     AttemptKey { rollout: rollout.clone(), attempt: AttemptNumber(attempt) }
 }
 
-pub(crate) fn spec(index: u64) -> RolloutSpec {
-    RolloutSpec {
+pub(crate) fn spec(index: u64) -> Arc<RolloutSpec> {
+    Arc::new(RolloutSpec {
         id: rollout_id(index),
         stage: if index.is_multiple_of(3) { "sft" } else { "grpo" }.to_owned(),
         step: index / 8,
@@ -46,18 +48,18 @@ pub(crate) fn spec(index: u64) -> RolloutSpec {
         item: ContentHash::of(b"item"),
         execution: ContentHash::of(b"execution"),
         fork_of: None,
-    }
+    })
 }
 
 /// A fork of another rollout's attempt.
-pub(crate) fn fork(index: u64, ancestor: &AttemptKey, event: u64) -> RolloutSpec {
+pub(crate) fn fork(index: u64, ancestor: &AttemptKey, event: u64) -> Arc<RolloutSpec> {
     let fork_of = ForkPoint {
         rollout: ancestor.rollout.clone(),
         attempt: ancestor.attempt,
         event,
         policy_version: PolicyVersion(3),
     };
-    RolloutSpec { fork_of: Some(fork_of), ..spec(index) }
+    Arc::new(RolloutSpec { fork_of: Some(fork_of), ..(*spec(index)).clone() })
 }
 
 pub(crate) fn reward(value: f64) -> Reward {
