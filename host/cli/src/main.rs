@@ -25,7 +25,8 @@ use crate::arguments::{Arguments, Command, PluginCommand, RolloutsCommand};
 use crate::failure::Failure;
 
 // Small models allocate and free activation memory all the time; the system allocator hands it back to the kernel and pays
-// a page fault for each page of it in the next step.
+// a page fault for each page of it in the next step. Without huge pages: with them a seventh of the time of recorded rollouts
+// went into clearing memory that nobody then used, and training was not faster.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

@@ -250,7 +250,7 @@ async fn drive(load: &Load, numbers: std::ops::Range<u64>, live: usize) -> Resul
     let slice = live.clamp(SLICE_MIN, SLICE_MAX) as u64;
     let ahead = live.div_ceil(SLICE_MAX) + 2;
     let mut starts = (numbers.start..numbers.end).step_by(usize::try_from(slice).unwrap_or(usize::MAX));
-    let mut under_way = std::collections::VecDeque::new();
+    let mut under_way = futures::stream::SelectAll::new();
     let mut ended = vec![];
     loop {
         while under_way.len() < ahead
@@ -258,14 +258,13 @@ async fn drive(load: &Load, numbers: std::ops::Range<u64>, live: usize) -> Resul
         {
             let jobs = load.jobs(start..(start + slice).min(numbers.end))?;
             let batch = load.runner.submit(jobs, Arc::clone(&load.backend)).await.map_err(Failure::failed)?;
-            under_way.push_back(batch);
+            // Results are taken as they come: nothing but their times is kept.
+            under_way.push(Box::pin(futures::stream::unfold(batch, async |mut batch| Some((batch.next().await?, batch)))));
         }
-        let Some(mut batch) = under_way.pop_front() else { return Ok(ended) };
-        while let Some(next) = batch.next().await {
-            let (_, result) = next.map_err(Failure::failed)?;
-            let took_ns = result.attempt.end_unix_ns.saturating_sub(result.attempt.start_unix_ns);
-            ended.push(result.is_graded().then_some(took_ns / 1_000));
-        }
+        let Some(next) = under_way.next().await else { return Ok(ended) };
+        let (_, result) = next.map_err(Failure::failed)?;
+        let took_ns = result.attempt.end_unix_ns.saturating_sub(result.attempt.start_unix_ns);
+        ended.push(result.is_graded().then_some(took_ns / 1_000));
     }
 }
 
