@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{BufRead, IsTerminal};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::anyhow;
 use fulgurite_core::id::{AttemptKey, AttemptNumber, RolloutId};
@@ -14,7 +15,6 @@ use fulgurite_runner::replay::{Exchanged, Items, Recorded, Regraded, ReplayError
 use fulgurite_sandbox::TapeObserver;
 use fulgurite_store::{RolloutQuery, RolloutStore, SledStore};
 use fulgurite_trainer::RunDirectory;
-use futures::StreamExt;
 
 use crate::arguments::{Output, ReplayArguments};
 use crate::failure::{Failure, printable};
@@ -22,8 +22,6 @@ use crate::rollouts::event_lines;
 use crate::terminal::{Style, paint};
 use crate::{paths, terminal, train};
 
-/// Replays under way at once.
-const LIVE: usize = 64;
 /// Rollouts whose records are looked up at once.
 const PAGE: usize = 1_000;
 
@@ -148,7 +146,7 @@ async fn verify(
 }
 
 /// Does something with each recording, several at once; results come in the order of the list.
-async fn each<T, F>(
+pub(crate) async fn each<T, F>(
     store: &Arc<dyn RolloutStore>,
     work: Vec<(AttemptKey, Arc<Replayer>)>,
     what: impl Fn(Arc<Replayer>, Recorded) -> F + Clone + Send + 'static,
@@ -157,23 +155,33 @@ where
     T: Send + 'static,
     F: Future<Output = T> + Send + 'static,
 {
-    let items = Arc::new(Items::default());
-    futures::stream::iter(work)
-        .map(|(key, replayer)| {
-            let (store, items, what) = (Arc::clone(store), Arc::clone(&items), what.clone());
-            let named = key.clone();
-            let done = tokio::spawn(async move {
-                let recorded = Recorded::load(&*store, &key, &items)?;
-                Ok(what(replayer, recorded).await)
-            });
-            async move {
-                let lost = |_| ReplayError::Conditions("the replay's worker was lost".to_owned());
-                (named, done.await.map_err(lost).and_then(|result| result))
+    let (work, next, items) = (Arc::new(work), Arc::new(AtomicUsize::new(0)), Arc::new(Items::default()));
+    // As many as there are threads: a replay never waits, so more of them would only push each other out of the caches.
+    let workers = tokio::runtime::Handle::current().metrics().num_workers();
+    let workers = (0..workers).map(|_| {
+        let (store, work, next) = (Arc::clone(store), Arc::clone(&work), Arc::clone(&next));
+        let (items, what) = (Arc::clone(&items), what.clone());
+        tokio::spawn(async move {
+            let mut done = vec![];
+            loop {
+                let place = next.fetch_add(1, Ordering::Relaxed);
+                let Some((key, replayer)) = work.get(place) else { return done };
+                let result = match Recorded::load(&*store, key, &items) {
+                    Ok(recorded) => Ok(what(Arc::clone(replayer), recorded).await),
+                    Err(error) => Err(error),
+                };
+                done.push((place, result));
+                tokio::task::yield_now().await;
             }
         })
-        .buffered(LIVE)
-        .collect()
-        .await
+    });
+    let mut done: BTreeMap<usize, Result<T, ReplayError>> = BTreeMap::new();
+    for worker in workers.collect::<Vec<_>>() {
+        done.extend(worker.await.unwrap_or_default());
+    }
+    let lost = || Err(ReplayError::Conditions("the replay's worker was lost".to_owned()));
+    let keys = work.iter().map(|(key, _)| key.clone()).enumerate();
+    keys.map(|(place, key)| (key, done.remove(&place).unwrap_or_else(lost))).collect()
 }
 
 fn print_report(report: &ReplayReport, output: Output) -> Result<(), Failure> {

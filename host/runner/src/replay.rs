@@ -16,7 +16,7 @@ use fulgurite_core::reward::{Reward, RewardSource};
 use fulgurite_core::span::{Span, SpanBody};
 use fulgurite_sandbox::{Divergence, Gatekeeper, GraderPlugin, PluginError, Sandbox, SandboxError, SandboxSettings};
 use fulgurite_sandbox::{Tape, TapeObserver, Templates};
-use fulgurite_store::{RolloutStore, StoreError};
+use fulgurite_store::{RecordedAttempt, RolloutStore, StoreError};
 use futures::future::BoxFuture;
 
 use crate::attempt::{Attempt, Ran};
@@ -78,9 +78,12 @@ impl Recorded {
     /// When the store fails, or the attempt, its item or an ancestor is not in it.
     pub fn load(store: &dyn RolloutStore, key: &AttemptKey, items: &Items) -> Result<Self, ReplayError> {
         let missing = |problem: String| ReplayError::Missing { attempt: key.clone(), problem };
-        let record = store.rollout(&key.rollout)?.ok_or_else(|| missing("there is no such rollout".to_owned()))?;
-        let attempt = store.attempts(&key.rollout)?.into_iter().find(|attempt| attempt.key == *key);
-        let attempt = attempt.ok_or_else(|| missing("there is no such attempt".to_owned()))?;
+        let RecordedAttempt { rollout: record, attempt, spans } = match store.recording(key) {
+            Ok(recording) => recording,
+            Err(StoreError::UnknownRollout(_)) => return Err(missing("there is no such rollout".to_owned())),
+            Err(StoreError::UnknownAttempt(_)) => return Err(missing("there is no such attempt".to_owned())),
+            Err(error) => return Err(error.into()),
+        };
         if !attempt.state.is_terminal() {
             return Err(missing("it has not ended".to_owned()));
         }
@@ -88,7 +91,7 @@ impl Recorded {
         let lineage = match &record.spec.fork_of {
             Some(_) => lineage(store, key).map_err(missing)?,
             None => Lineage {
-                spans: Arc::new(store.spans(key)?),
+                spans: Arc::new(spans),
                 seeds: vec![(0, record.spec.seed)],
                 start_unix_ns: attempt.start_unix_ns,
             },

@@ -53,6 +53,10 @@ macro_rules! delegate_to_ledger {
                 self.ledger.append_many(appends)
             }
 
+            fn recording(&self, key: &fulgurite_core::id::AttemptKey) -> $crate::Result<$crate::RecordedAttempt> {
+                self.ledger.recording(key)
+            }
+
             fn finish_attempts(&self, finishes: Vec<$crate::AttemptFinish>) -> Vec<$crate::Result<()>> {
                 self.ledger.finish_attempts(finishes)
             }

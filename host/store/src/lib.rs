@@ -78,8 +78,8 @@ pub use query::{
     RolloutQuery, RolloutRow, RolloutSort, SpanQuery, WorkerQuery, reward_of,
 };
 pub use records::{
-    AttemptFinish, CheckReport, CompactReport, Enqueued, Finding, PruneReport, PruneRule, StoreStatistics,
-    SyncStatistics, Template, TransferReport, WORKER_ID_BYTES_MAX, unknown_content,
+    AttemptFinish, CheckReport, CompactReport, Enqueued, Finding, PruneReport, PruneRule, RecordedAttempt,
+    StoreStatistics, SyncStatistics, Template, TransferReport, WORKER_ID_BYTES_MAX, unknown_content,
 };
 pub use sled_store::{Progress, SCHEMA_VERSION, SledStore};
 
@@ -166,6 +166,12 @@ pub trait RolloutStore: Send + Sync {
     /// # Errors
     /// [`StoreError::UnknownRollout`], [`StoreError::UnknownAttempt`]; errors of reading.
     fn spans(&self, key: &AttemptKey) -> Result<Vec<Span>>;
+
+    /// Everything recorded of an attempt, in one look: its rollout, itself, and the spans that it has recorded itself.
+    ///
+    /// # Errors
+    /// As [`spans`](Self::spans).
+    fn recording(&self, key: &AttemptKey) -> Result<RecordedAttempt>;
 
     /// The whole history of an attempt, by sequence from 0: of a fork, first what it took over from its ancestors, under
     /// their keys, and then its own spans.

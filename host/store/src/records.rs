@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use fulgurite_core::id::{AttemptKey, ContentHash};
 use fulgurite_core::outcome::{AttemptOutcome, OutcomeKind};
-use fulgurite_core::record::RolloutRecord;
+use fulgurite_core::record::{AttemptRecord, RolloutRecord};
 use fulgurite_core::reward::Reward;
 use fulgurite_core::span::Span;
 use fulgurite_core::state::{AttemptState, RolloutState};
@@ -51,6 +51,17 @@ impl Enqueued {
     pub const fn is_existing(&self) -> bool {
         matches!(self, Self::Existing(_))
     }
+}
+
+/// What the store has of one attempt.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RecordedAttempt {
+    /// Its rollout.
+    pub rollout: RolloutRecord,
+    /// The attempt.
+    pub attempt: AttemptRecord,
+    /// The spans that it has recorded itself, by sequence.
+    pub spans: Vec<Span>,
 }
 
 /// The end of one attempt.

@@ -6,18 +6,15 @@ use std::time::Instant;
 use fulgurite_core::id::{AttemptKey, AttemptNumber};
 use fulgurite_core::record::ExecutionSettings;
 use fulgurite_runner::Recording;
-use fulgurite_runner::replay::{Items, Recorded, Replayer};
+use fulgurite_runner::replay::Replayer;
 use fulgurite_store::{RolloutStore, SledStore};
-use futures::StreamExt;
 
 use crate::arguments::{BenchReplayArguments, Output};
 use crate::bench::load::{Components, Load, LoadSettings, Scratch};
 use crate::bench::setup;
 use crate::failure::Failure;
+use crate::replay::each;
 use crate::{terminal, train};
-
-/// Replays under way at once.
-const LIVE: usize = 64;
 
 pub(crate) fn bench(arguments: &BenchReplayArguments) -> Result<(), Failure> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(arguments.threads).enable_all().build();
@@ -43,22 +40,13 @@ async fn run(arguments: &BenchReplayArguments) -> Result<(), Failure> {
     let replayer = Replayer::new(load.runner.plugins().clone(), &execution, 0).map_err(Failure::failed)?;
     let replayer = Arc::new(replayer);
     eprintln!("replaying {recorded} rollouts");
-    let items = Arc::new(Items::default());
+    let work = keys.into_iter().map(|key| (key, Arc::clone(&replayer))).collect();
     let started = Instant::now();
-    let identical = futures::stream::iter(keys)
-        .map(|key| {
-            let (store, replayer, items) = (Arc::clone(&store), Arc::clone(&replayer), Arc::clone(&items));
-            tokio::spawn(async move {
-                // Reading the recording from the store is a part of it.
-                let recorded = Recorded::load(&*store, &key, &items).ok()?;
-                let report = replayer.replay(&recorded, None).await;
-                Some(report.divergence.is_none())
-            })
-        })
-        .buffer_unordered(LIVE)
-        .filter(|same| std::future::ready(matches!(same, Ok(Some(true)))))
-        .count()
-        .await;
+    // Reading the recording from the store is a part of it.
+    let reports = each(&store, work, |replayer, recorded| async move { replayer.replay(&recorded, None).await }).await;
+    let identical =
+        reports.iter().filter(|(_, report)| report.as_ref().is_ok_and(|report| report.divergence.is_none()));
+    let identical = identical.count();
     let rate = recorded as f64 / started.elapsed().as_secs_f64();
     if arguments.output == Output::Json {
         return train::print_json(&serde_json::json!({

@@ -259,7 +259,8 @@ async fn drive(load: &Load, numbers: std::ops::Range<u64>, live: usize) -> Resul
             let jobs = load.jobs(start..(start + slice).min(numbers.end))?;
             let batch = load.runner.submit(jobs, Arc::clone(&load.backend)).await.map_err(Failure::failed)?;
             // Results are taken as they come: nothing but their times is kept.
-            under_way.push(Box::pin(futures::stream::unfold(batch, async |mut batch| Some((batch.next().await?, batch)))));
+            under_way
+                .push(Box::pin(futures::stream::unfold(batch, async |mut batch| Some((batch.next().await?, batch)))));
         }
         let Some(next) = under_way.next().await else { return Ok(ended) };
         let (_, result) = next.map_err(Failure::failed)?;

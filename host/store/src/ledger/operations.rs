@@ -15,7 +15,7 @@ use crate::codec::{self, SpanBlock};
 use crate::error::{Result, StoreError};
 use crate::key_value::{KeyRange, KeyValue};
 use crate::keys;
-use crate::records::{AttemptFinish, Enqueued, StoreStatistics};
+use crate::records::{AttemptFinish, Enqueued, RecordedAttempt, StoreStatistics};
 
 /// Items of a group commit that are applied before the lock is let go for a moment, so that those who only begin an
 /// attempt wait a millisecond and not for the whole group.
@@ -243,14 +243,19 @@ impl<D: KeyValue> Ledger<D> {
     }
 
     pub(crate) fn spans(&self, key: &AttemptKey) -> Result<Vec<Span>> {
+        Ok(self.recording(key)?.spans)
+    }
+
+    pub(crate) fn recording(&self, key: &AttemptKey) -> Result<RecordedAttempt> {
         let found = self.find(&key.rollout)?;
-        let entry = found.ok_or_else(|| StoreError::UnknownRollout(key.rollout.clone()))?;
-        let attempt = entry.attempts.iter().find(|attempt| attempt.key == *key);
-        let recorded = attempt.ok_or_else(|| StoreError::UnknownAttempt(key.clone()))?.spans;
-        match read_spans(&self.database, &entry.rollout, key, recorded) {
+        let Entry { rollout, attempts, .. } = found.ok_or_else(|| StoreError::UnknownRollout(key.rollout.clone()))?;
+        let attempt = attempts.into_iter().find(|attempt| attempt.key == *key);
+        let attempt = attempt.ok_or_else(|| StoreError::UnknownAttempt(key.clone()))?;
+        match read_spans(&self.database, &rollout, key, attempt.spans) {
             // Nothing recorded ever changes, but it may have been dropped a moment ago.
             Err(_) if self.ordinal(&key.rollout)?.is_none() => Err(StoreError::UnknownRollout(key.rollout.clone())),
-            spans => spans,
+            Err(error) => Err(error),
+            Ok(spans) => Ok(RecordedAttempt { rollout, attempt, spans }),
         }
     }
 
