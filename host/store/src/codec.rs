@@ -154,16 +154,24 @@ pub(crate) fn put(batch: &mut Batch, key: Vec<u8>, payload: &[u8]) -> Result<()>
     put_packed(batch, key, &Packed::plain(payload))
 }
 
+/// A record in one value, however long that is.
+pub(crate) fn whole_value(packed: &Packed<'_>) -> Vec<u8> {
+    match packed.raw_bytes {
+        Some(raw_bytes) => [&[FORMAT_COMPRESSED], raw_bytes.to_le_bytes().as_slice(), &packed.bytes].concat(),
+        None => [&[FORMAT_WHOLE], &*packed.bytes].concat(),
+    }
+}
+
 /// Adds a record to a batch, in fragments where it is too long for one value.
 pub(crate) fn put_packed(batch: &mut Batch, key: Vec<u8>, packed: &Packed<'_>) -> Result<()> {
-    let bytes: &[u8] = &packed.bytes;
-    let raw_bytes = packed.raw_bytes.map(u32::to_le_bytes);
-    let whole = [if raw_bytes.is_some() { FORMAT_COMPRESSED } else { FORMAT_WHOLE }];
-    let raw_bytes = raw_bytes.as_ref().map_or(&[][..], <[u8; 4]>::as_slice);
-    if whole.len() + raw_bytes.len() + bytes.len() <= VALUE_BYTES_MAX {
-        batch.push((key, Some([&whole, raw_bytes, bytes].concat())));
+    let whole = whole_value(packed);
+    if whole.len() <= VALUE_BYTES_MAX {
+        batch.push((key, Some(whole)));
         return Ok(());
     }
+    let bytes: &[u8] = &packed.bytes;
+    let raw_bytes = packed.raw_bytes.map(u32::to_le_bytes);
+    let raw_bytes = raw_bytes.as_ref().map_or(&[][..], <[u8; 4]>::as_slice);
     let format = [if raw_bytes.is_empty() { FORMAT_FRAGMENTED } else { FORMAT_COMPRESSED_FRAGMENTED }];
     let (head, tail) = bytes.split_at((VALUE_BYTES_MAX - 1 - 4 - raw_bytes.len()).min(bytes.len()));
     let fragments = 1 + tail.len().div_ceil(VALUE_BYTES_MAX);
@@ -303,4 +311,62 @@ pub(crate) fn scan_payloads(
         visit(&record.key, &unpack(&record.key, Cow::Owned(record.stored), record.raw_bytes)?)
     })?;
     pending.map_or(Ok(()), |pending| Err(incomplete(&pending)))
+}
+
+#[cfg(test)]
+mod tests {
+    use fulgurite_core::id::ContentHash;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::key_value::MemoryKeyValue;
+
+    /// Bytes from nothing but noise to nothing but repetition, up to many fragments.
+    fn payload() -> impl Strategy<Value = Vec<u8>> {
+        (prop::collection::vec(any::<u8>(), 0..600), 0..60_usize).prop_map(|(part, times)| part.repeat(times))
+    }
+
+    fn stored(key: &[u8], payload: &[u8]) -> MemoryKeyValue {
+        let (database, mut batch) = (MemoryKeyValue::default(), Batch::new());
+        put_packed(&mut batch, key.to_vec(), &pack(payload.to_vec())).unwrap();
+        assert!(batch.iter().all(|(_, value)| value.as_ref().unwrap().len() <= VALUE_BYTES_MAX));
+        database.apply(batch).unwrap();
+        database
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_put_comes_back(payload in payload()) {
+            let key = keys::rollout_key(7);
+            let database = stored(&key, &payload);
+            prop_assert_eq!(get_payload(&database, &key).unwrap().unwrap(), payload.clone());
+            let mut seen = vec![];
+            scan_payloads(&database, &KeyRange::all(), |key, payload| {
+                seen.push((key.to_vec(), payload.to_vec()));
+                Ok(ControlFlow::Continue(()))
+            }).unwrap();
+            prop_assert_eq!(seen, [(key, payload)]);
+        }
+    }
+
+    #[test]
+    fn repetition_takes_less_and_noise_no_more() {
+        let repeated = pack(b"the same again, ".repeat(100));
+        assert!(repeated.raw_bytes == Some(1_600) && repeated.bytes.len() < 100);
+        let noise: Vec<u8> =
+            ContentHash::of(b"").as_bytes().iter().flat_map(|byte| *ContentHash::of(&[*byte]).as_bytes()).collect();
+        assert_eq!(pack(noise.clone()), Packed { bytes: noise.into(), raw_bytes: None });
+    }
+
+    #[test]
+    fn a_length_that_cannot_be_is_damage_and_takes_no_memory() {
+        let packed = pack(b"the same again, ".repeat(100));
+        for raw_bytes in [0, 1_599, 1_601, 20_000, u32::MAX] {
+            let lie = Packed { raw_bytes: Some(raw_bytes), ..packed.clone() };
+            let value = whole_value(&lie);
+            let head = parse(b"r", &value).unwrap();
+            let error = unpack(b"r", head.bytes.into(), head.raw_bytes).unwrap_err();
+            assert!(matches!(error, StoreError::Corrupt { .. }), "{raw_bytes}: {error}");
+        }
+    }
 }

@@ -10,6 +10,25 @@ use crate::error::Result;
 /// Key that errors name: these bytes are not from a database.
 const NO_KEY: &[u8] = b"";
 
+/// A record's bytes as a value of the database: with its format byte, compressed where that makes it smaller. Values of more
+/// than [`VALUE_BYTES_MAX`](crate::VALUE_BYTES_MAX) are not cut here.
+#[must_use]
+pub fn pack(record: Vec<u8>) -> Vec<u8> {
+    codec::whole_value(&codec::pack(record))
+}
+
+/// A record's bytes from a value that holds all of it.
+///
+/// # Errors
+/// When the value is damaged, or only the first fragment of a record.
+pub fn unpack(value: &[u8]) -> Result<Vec<u8>> {
+    let head = codec::parse(NO_KEY, value)?;
+    if head.fragments != 1 {
+        return Err(codec::corrupt(NO_KEY, format!("it is the first of {} fragments", head.fragments)));
+    }
+    Ok(codec::unpack(NO_KEY, head.bytes.into(), head.raw_bytes)?.into_owned())
+}
+
 /// A block of spans as bytes.
 ///
 /// # Errors

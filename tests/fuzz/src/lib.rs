@@ -22,7 +22,7 @@ mod mutation;
 mod targets;
 
 pub use driver::{Failure, Settings, Statistics, corpus, drive, rerun};
-pub use targets::{config, plugin_inspection, record_decoding, span_decoding};
+pub use targets::{config, plugin_inspection, record_decoding, span_decoding, value_unpacking};
 
 /// What became of an input: `ok`, or why it was refused, without what differs from input to input.
 pub type Verdict = String;
@@ -52,7 +52,7 @@ pub struct Target {
 }
 
 /// Every target. A parser of plugin manifests gets its function in `targets.rs`, its entry here and its folder in `corpus`.
-pub const TARGETS: [Target; 4] = [
+pub const TARGETS: [Target; 5] = [
     Target {
         name: "config",
         run: config,
@@ -71,6 +71,13 @@ pub const TARGETS: [Target; 4] = [
         name: "record_decoding",
         run: record_decoding,
         dictionary: targets::RECORD_WORDS,
+        numbers: Numbers::Varint,
+        input_bytes_max: 8 << 10,
+    },
+    Target {
+        name: "value_unpacking",
+        run: value_unpacking,
+        dictionary: &[],
         numbers: Numbers::Varint,
         input_bytes_max: 8 << 10,
     },

@@ -7,7 +7,7 @@ use std::sync::LazyLock;
 use fulgurite_core::id::ContentHash;
 use fulgurite_sandbox::{PluginError, Sandbox, SandboxSettings};
 use fulgurite_store::StoreError;
-use fulgurite_store::format::{decode_rollout, decode_spans, encode_rollout, encode_spans};
+use fulgurite_store::format::{decode_rollout, decode_spans, encode_rollout, encode_spans, pack, unpack};
 use fulgurite_trainer::config::{ConfigError, RunConfig};
 
 use crate::Verdict;
@@ -18,6 +18,8 @@ use crate::memory::peak_bytes_of;
 const DECODING_BYTES_MAX: usize = 4 << 20;
 /// That multiple. The smallest span in postcard has about 20 bytes and takes 400 in memory; what an error says is added.
 const DECODING_FACTOR_MAX: usize = 64;
+/// What LZ4 can make of one byte, twice: as it is written and as it is returned.
+const UNPACKING_FACTOR_MAX: usize = 2 * 256;
 /// Memory that parsing a config may take beyond a multiple of its text.
 const PARSING_BYTES_MAX: usize = 1 << 20;
 /// That multiple: a key of one letter becomes a table entry with its place in the text.
@@ -90,6 +92,26 @@ fn decoding<T>(
     let again = decode(&written).expect("what was encoded can be decoded");
     assert_eq!(encode(&again).expect("encoded before"), written);
     "ok".to_owned()
+}
+
+/// A value of the database: unpacks or is refused, in memory that its length justifies, and what unpacks is packed as what
+/// unpacks to the same.
+///
+/// # Panics
+/// When that does not hold.
+#[must_use]
+pub fn value_unpacking(bytes: &[u8]) -> Verdict {
+    let (unpacked, peak) = peak_bytes_of(|| unpack(bytes));
+    let allowed = DECODING_BYTES_MAX + UNPACKING_FACTOR_MAX * bytes.len();
+    assert!(peak <= allowed, "{peak} bytes for a value of {}", bytes.len());
+    match unpacked {
+        Ok(record) => {
+            assert_eq!(unpack(&pack(record.clone())).expect("packed a moment ago"), record);
+            "ok".to_owned()
+        }
+        Err(StoreError::Corrupt { detail, .. }) => class(&detail),
+        Err(other) => panic!("damage is told as damage: {other:?}"),
+    }
 }
 
 /// A plugin's file: is described or refused, and loaded as no more than it was described as.

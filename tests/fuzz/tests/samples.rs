@@ -17,8 +17,8 @@ use fulgurite_core::id::AttemptNumber;
 use fulgurite_core::record::{AttemptRecord, RolloutRecord};
 use fulgurite_core::span::Span;
 use fulgurite_core::state::RolloutState;
-use fulgurite_store::format::{decode_rollout, decode_spans, encode_rollout, encode_spans};
-use fulgurite_store::{MemoryStore, RolloutStore};
+use fulgurite_store::format::{decode_rollout, decode_spans, encode_rollout, encode_spans, pack, unpack};
+use fulgurite_store::{MemoryStore, RolloutStore, StoreError};
 use samples::{body, key, outcome, reward, rollout_id, span, spans, spec};
 
 /// One file for each kind of span, one for several, one for none.
@@ -50,10 +50,23 @@ fn record_files() -> Vec<(String, Vec<u8>)> {
         .collect()
 }
 
+/// Values as they stand in the database: compressed, too short for it, and with nothing in them.
+fn value_files() -> Vec<(String, Vec<u8>)> {
+    let compressed = encode_spans(&spans(&key(&rollout_id(0), 1), 0, 4)).unwrap();
+    let files = [("compressed", compressed), ("plain", b"plain".to_vec()), ("empty", vec![])];
+    files.into_iter().map(|(name, record)| (name.to_owned(), pack(record))).collect()
+}
+
 #[test]
 fn samples_are_what_the_corpus_holds() {
     let write = std::env::var_os("FULGURITE_FUZZ_WRITE_CORPUS").is_some();
-    for (target, files) in [("span_decoding", span_files()), ("record_decoding", record_files())] {
+    type Read = fn(&[u8]) -> Result<(), StoreError>;
+    let targets: [(&str, _, Read); 3] = [
+        ("span_decoding", span_files(), |bytes| decode_spans(bytes).map(drop)),
+        ("record_decoding", record_files(), |bytes| decode_rollout(bytes).map(drop)),
+        ("value_unpacking", value_files(), |bytes| unpack(bytes).map(drop)),
+    ];
+    for (target, files, read) in targets {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(target);
         for (name, bytes) in files {
             let path = folder.join(&name);
@@ -63,8 +76,7 @@ fn samples_are_what_the_corpus_holds() {
             assert!(path.is_file(), "{} is missing", path.display());
             // The bytes of the tree may be older than those of today, as long as they are read.
             let kept = std::fs::read(&path).unwrap();
-            let read =
-                if target == "span_decoding" { decode_spans(&kept).map(drop) } else { decode_rollout(&kept).map(drop) };
+            let read = read(&kept);
             assert!(read.is_ok(), "{}: {read:?}; FULGURITE_FUZZ_WRITE_CORPUS=1 writes it again", path.display());
         }
     }
