@@ -9,6 +9,8 @@ mod support;
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use support::{Bench, Finished, component};
 
@@ -120,34 +122,52 @@ fn a_granted_folder_reaches_the_tool_and_its_pin_the_record() {
     assert!(!show.contains("behaviour\\\""), "the second call must not have read the dataset: {show}");
 }
 
+/// A server on this machine that answers every request with its head, and the granted tool that asks for it.
+struct Server {
+    origin: String,
+    tool: String,
+    requests: Arc<AtomicUsize>,
+    _folder: tempfile::TempDir,
+}
+
+impl Server {
+    fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let origin = format!("http://127.0.0.1:{}", listener.local_addr().unwrap().port());
+        let requests = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&requests);
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                let mut head = String::new();
+                let mut reader = BufReader::new(stream.try_clone().unwrap());
+                while reader.read_line(&mut head).unwrap() > 2 {}
+                count.fetch_add(1, Ordering::SeqCst);
+                let _ = write!(stream, "HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{head}", head.len());
+            }
+        });
+        let folder = tempfile::tempdir().unwrap();
+        let tool = folder.path().join("tool.wasm");
+        let (old, new) = (b"http://127.0.0.1:47001", origin.as_bytes());
+        let mut bytes = std::fs::read(component("granted_tool")).unwrap();
+        assert_eq!(old.len(), new.len(), "ports that the system gives have five digits");
+        while let Some(at) = bytes.windows(old.len()).position(|window| window == old) {
+            bytes[at..at + new.len()].copy_from_slice(new);
+        }
+        std::fs::write(&tool, bytes).unwrap();
+        Self { origin, tool: tool.display().to_string(), requests, _folder: folder }
+    }
+}
+
 #[test]
 fn a_secret_is_sent_to_the_server_and_is_nowhere_else() {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = listener.local_addr().unwrap().port();
-    std::thread::spawn(move || {
-        for stream in listener.incoming() {
-            let mut stream = stream.unwrap();
-            let mut head = String::new();
-            let mut reader = BufReader::new(stream.try_clone().unwrap());
-            while reader.read_line(&mut head).unwrap() > 2 {}
-            let _ = write!(stream, "HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{head}", head.len());
-        }
-    });
-    let origin = format!("http://127.0.0.1:{port}");
-    let folder = tempfile::tempdir().unwrap();
-    let tool = folder.path().join("tool.wasm");
-    let (old, new) = (b"http://127.0.0.1:47001", origin.as_bytes());
-    let mut bytes = std::fs::read(component("granted_tool")).unwrap();
-    assert_eq!(old.len(), new.len(), "ports that the system gives have five digits");
-    while let Some(at) = bytes.windows(old.len()).position(|window| window == old) {
-        bytes[at..at + new.len()].copy_from_slice(new);
-    }
-    std::fs::write(&tool, bytes).unwrap();
+    let server = Server::start();
+    let origin = &server.origin;
     let grant = format!(
         "[tools.granted.grants]\nhttp = [{{ origin = \"{origin}\", allow_private = [\"127.0.0.1\"], headers.authorization = {{ env = \"TEST_API_KEY\", prefix = \"Bearer \" }} }}]"
     );
     let call = format!("[\"fetch\", {{\"url\": \"{origin}/\"}}]");
-    let bench = granted_run(&tool.display().to_string(), &call, &grant);
+    let bench = granted_run(&server.tool, &call, &grant);
     let finished = run(&bench);
     assert_eq!(finished.code, 0, "{}", finished.stderr);
     let show = bench.succeed(&["rollouts", "show", "eval-scripted-sampled-00000-0000", "--run", "run"]).stdout;
@@ -156,6 +176,65 @@ fn a_secret_is_sent_to_the_server_and_is_nowhere_else() {
     let mut files = 0;
     search(&bench.path().join("run"), &mut files);
     assert!(files > 3, "only {files} files were searched");
+}
+
+/// What came over the network is in the recording; what a folder and a database hold is pinned, and looked at again.
+#[test]
+fn what_a_tool_did_with_its_grants_is_replayed_without_the_server_and_compared_with_the_pins() {
+    let server = Server::start();
+    let origin = &server.origin;
+    let grants = format!(
+        "[tools.granted.limits]\nfuel_max = 100000000\n[tools.granted.grants]\nfolders.docs = \"docs\"\nsqlite.shop = \"shop.db\"\n\
+         http = [{{ origin = \"{origin}\", allow_private = [\"127.0.0.1\"], headers.x-key.env = \"TEST_API_KEY\" }}]"
+    );
+    let calls = format!(
+        r#"["list", {{"text": "/docs"}}], ["read", {{"text": "/docs/notes.txt"}}], ["fetch", {{"url": "{origin}/a"}}],
+        ["execute", {{"sql": "CREATE TABLE t (a)"}}], ["execute", {{"sql": "INSERT INTO t VALUES (random())"}}],
+        ["query", {{"sql": "SELECT a, datetime('now') FROM t"}}], ["fetch", {{"url": "http://elsewhere.test/"}}],
+        ["query", {{"sql": "SELECT nonsense"}}], ["fetch", {{"url": "{origin}/b"}}]"#
+    );
+    let bench = granted_run(&server.tool, &calls.replace('\n', " "), &grants);
+    std::fs::create_dir(bench.path().join("docs")).unwrap();
+    bench.write("docs/notes.txt", CANARY);
+    bench.write("shop.db", "");
+    let finished = run(&bench);
+    assert_eq!(finished.code, 0, "{}", finished.stderr);
+    let id = "eval-scripted-sampled-00000-0000";
+    let show = bench.succeed(&["rollouts", "show", id, "--run", "run"]).stdout;
+    for text in [CANARY, "GET /b", "INSERT INTO t", "elsewhere.test", "no such column"] {
+        assert!(show.contains(text), "no {text:?} in {show}");
+    }
+    let asked = server.requests.load(Ordering::SeqCst);
+    assert_eq!(asked, 4);
+    // Neither the server nor the secret nor the files that the config names for components and data.
+    std::fs::remove_file(&server.tool).unwrap();
+    std::fs::remove_file(bench.path().join("test.jsonl")).unwrap();
+    let all = bench.succeed(&["replay", "--all", "--run", "run"]);
+    assert!(all.stderr.contains("2 of 2 rollouts are identical"), "{}", all.stderr);
+    assert_eq!(server.requests.load(Ordering::SeqCst), asked, "a replay sends nothing");
+
+    let refused = |says: &[&str]| {
+        let refused = bench.run(&["replay", id, "--run", "run"]);
+        assert_eq!(refused.code, 2, "{}\n{}", refused.stdout, refused.stderr);
+        for text in says {
+            assert!(refused.stderr.contains(text), "no {text:?} in {}", refused.stderr);
+        }
+    };
+    bench.write("docs/notes.txt", "something else");
+    let docs = bench.path().join("docs").display().to_string();
+    refused(&["tools.granted.grants.folders.docs", &docs, "has changed since the rollout was recorded", "put back"]);
+    bench.write("docs/notes.txt", CANARY);
+    bench.write("shop.db", "SQLite format 3");
+    refused(&["tools.granted.grants.sqlite.shop", "shop.db"]);
+    std::fs::remove_file(bench.path().join("shop.db")).unwrap();
+    refused(&["tools.granted.grants.sqlite.shop", "shop.db"]);
+    bench.write("shop.db", "");
+    let config = bench.read("run/config.toml");
+    let without: Vec<_> = config.lines().filter(|line| !line.contains("shop.db")).collect();
+    bench.write("run/config.toml", &without.join("\n"));
+    refused(&["tools.granted.grants.sqlite.shop", "config.toml"]);
+    bench.write("run/config.toml", &config);
+    bench.succeed(&["replay", id, "--run", "run"]);
 }
 
 /// Fails when a file under this folder has the secret.

@@ -10,10 +10,10 @@ use fulgurite_core::id::{AttemptKey, AttemptNumber, RolloutId};
 use fulgurite_core::record::{RolloutRecord, RolloutSpec};
 use fulgurite_core::reward::Reward;
 use fulgurite_core::span::Span;
-use fulgurite_runner::replay::{Exchanged, Items, Recorded, Regraded, ReplayError, ReplayReport, Replayer};
+use fulgurite_runner::replay::{Items, Recorded, Regraded, ReplayError, ReplayReport, Replayer};
 use fulgurite_sandbox::TapeObserver;
 use fulgurite_store::{RolloutQuery, RolloutStore, SledStore};
-use fulgurite_trainer::RunDirectory;
+use fulgurite_trainer::{Exchanged, RunDirectory, TrainError, open_replayer};
 use futures::StreamExt;
 
 use crate::arguments::{Output, ReplayArguments};
@@ -100,12 +100,15 @@ fn replayer(
         return Ok(Arc::clone(replayer));
     }
     let exchanged = Exchanged { agent: arguments.agent.as_deref(), grader: arguments.grader.as_deref() };
-    let opened = Replayer::open(store, spec, &run.components(), paths::cache(), exchanged);
-    let replayer = Arc::new(opened.map_err(|error| match error {
-        ReplayError::Plugin(_) => {
-            Failure::usage(error).hint(format!("a run keeps its components in {}", run.components().display()))
+    let opened = open_replayer(store, run, spec, paths::cache(), exchanged);
+    let replayer = Arc::new(opened.map_err(|error| {
+        let is_of_component = matches!(error, TrainError::Plugin(_));
+        let failure = Failure::from(error);
+        if is_of_component {
+            failure.hint(format!("a run keeps its components in {}", run.components().display()))
+        } else {
+            failure
         }
-        other => Failure::failed(other),
     })?);
     known.insert(key, Arc::clone(&replayer));
     Ok(replayer)

@@ -14,8 +14,7 @@ use fulgurite_core::outcome::{AttemptOutcome, OutcomeKind};
 use fulgurite_core::record::{AttemptRecord, ExecutionSettings, RolloutSpec};
 use fulgurite_core::reward::{Reward, RewardSource};
 use fulgurite_core::span::{Span, SpanBody};
-use fulgurite_sandbox::{Divergence, Gatekeeper, GraderPlugin, PluginError, Sandbox, SandboxError, SandboxSettings};
-use fulgurite_sandbox::{Tape, TapeObserver, Templates};
+use fulgurite_sandbox::{Divergence, Gatekeeper, GraderPlugin, Tape, TapeObserver, Templates};
 use fulgurite_store::{RolloutStore, StoreError};
 use futures::future::BoxFuture;
 
@@ -39,12 +38,6 @@ pub enum ReplayError {
         /// What is missing.
         problem: String,
     },
-    /// A component cannot be loaded.
-    #[error("cannot load a recorded component")]
-    Plugin(#[from] PluginError),
-    /// The sandbox cannot be started.
-    #[error("cannot start the sandbox")]
-    Sandbox(#[from] SandboxError),
     /// The engine has changed.
     #[error("it was recorded by `{recorded}`, and this is `{current}`: what a guest does may differ")]
     Engine {
@@ -183,54 +176,8 @@ pub struct Replayer {
     gatekeeper: Gatekeeper,
 }
 
-/// What is exchanged in a replay.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Exchanged<'a> {
-    /// Another agent than the recorded one.
-    pub agent: Option<&'a Path>,
-    /// Another grader than the recorded one.
-    pub grader: Option<&'a Path>,
-}
-
 impl Replayer {
-    /// Loads what a rollout pins: conditions from the store, components from `components`.
-    ///
-    /// # Errors
-    /// When something is missing or cannot be loaded, or this engine is not the one that recorded.
-    pub fn open(
-        store: &dyn RolloutStore,
-        spec: &RolloutSpec,
-        components: &Path,
-        cache_dir: Option<std::path::PathBuf>,
-        exchanged: Exchanged<'_>,
-    ) -> Result<Self, ReplayError> {
-        let missing = |problem: String| ReplayError::Missing {
-            attempt: AttemptKey { rollout: spec.id.clone(), attempt: fulgurite_core::id::AttemptNumber::FIRST },
-            problem,
-        };
-        let bytes = store.blob(&spec.execution)?;
-        let bytes = bytes.ok_or_else(|| missing("the conditions under which it ran were not kept".to_owned()))?;
-        let settings: ExecutionSettings = serde_json::from_slice(&bytes)
-            .map_err(|error| missing(format!("the conditions under which it ran cannot be read: {error}")))?;
-        let sandbox = Sandbox::new(SandboxSettings::new(cache_dir, &settings.limits))?;
-        let mut pinned = spec.components.iter();
-        let mut next = |what: &str| {
-            let hash = pinned.next().ok_or_else(|| missing(format!("its record names no {what}")))?;
-            Ok::<_, ReplayError>(component_file(components, hash))
-        };
-        let agent = next("agent")?;
-        let agent = sandbox.load_agent(exchanged.agent.unwrap_or(&agent))?;
-        let grader = if settings.graded { Some(next("grader")?) } else { None };
-        let grader = exchanged.grader.map(Path::to_owned).or(grader);
-        let grader = grader.map(|file| sandbox.load_grader(&file)).transpose()?;
-        let mut tools = std::collections::BTreeMap::new();
-        for (name, hash) in &settings.tools {
-            tools.insert(name.clone(), sandbox.load_tool(&component_file(components, hash))?);
-        }
-        Self::new(Plugins { agent, grader, tools }, &settings, spec.resources_version)
-    }
-
-    /// Replays under these conditions with components that are loaded already.
+    /// Replays under these conditions.
     ///
     /// # Errors
     /// When this engine is not the one that recorded, or one attempt does not fit on this machine.

@@ -28,6 +28,9 @@ pub(crate) const CANCELLED_CALL: &str = "the call was cancelled";
 /// What a guest's span that was open at the end is recorded with.
 pub(crate) const ABANDONED_SPAN: &str = "the guest ended before the span";
 
+/// As much of a call's arguments is shown to people: bodies of requests are long.
+const SHOWN_CHARS: usize = 300;
+
 /// Where a replay left its recording.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Divergence {
@@ -319,19 +322,30 @@ impl Tape {
         }
     }
 
-    /// What the recording knows of a call of a tool or a grader that is about to be made.
+    /// What the recording knows of a call of a tool or a grader that is about to be made. A whole replay makes none: not even
+    /// one that comes after the recording's end.
     pub(crate) fn remembered(&self, call: &HostCall) -> Remembered {
-        if !self.is_playing() {
+        if !self.is_playing() && !self.whole {
             return Remembered::Nothing;
         }
-        match self.next().map(|span| &span.body) {
-            Some(SpanBody::HostCall { interface, function, arguments, result })
-                if interface == call.interface && function == call.function && *arguments == call.arguments =>
-            {
-                Remembered::Result(result.clone())
-            }
-            _ => Remembered::Differs(format!("the recording has no such {} here", call.function)),
+        let recorded = self.next();
+        if let Some(SpanBody::HostCall { interface, function, arguments, result }) = recorded.map(|span| &span.body)
+            && interface == call.interface
+            && function == call.function
+            && *arguments == call.arguments
+        {
+            return Remembered::Result(result.clone());
         }
+        let arguments: String = call.arguments.chars().take(SHOWN_CHARS).collect();
+        let detail = format!("the recording has no such call here: {}.{} {arguments}", call.interface, call.function);
+        self.diverge(Divergence {
+            sequence: self.position(),
+            what: "host call",
+            recorded: recorded.cloned().map(Box::new),
+            replayed: None,
+            detail: detail.clone(),
+        });
+        Remembered::Differs(detail)
     }
 
     /// The recorded end of a model call; `None` when it did not end before the tape goes live.

@@ -6,6 +6,7 @@ use fulgurite_core::id::InvalidId;
 use fulgurite_grants::{CapabilityError, HttpSetupError};
 use fulgurite_policy::PolicyError;
 use fulgurite_runner::RunnerError;
+use fulgurite_runner::replay::ReplayError;
 use fulgurite_runner::scripted::ScriptError;
 use fulgurite_sandbox::{AlgorithmFault, PluginError, SandboxError};
 use fulgurite_store::StoreError;
@@ -144,6 +145,9 @@ pub enum TrainError {
         /// Why not.
         problem: String,
     },
+    /// A rollout cannot be replayed.
+    #[error(transparent)]
+    Replay(#[from] ReplayError),
     /// Asked to stop.
     #[error("stopped on request; go on with `--resume`")]
     Stopped,

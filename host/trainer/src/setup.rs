@@ -71,11 +71,7 @@ impl Setup {
         let evaluated = datasets.get(&config.evaluation.dataset);
         let test_items = evaluated.map(|set| set.split(Split::Test).to_vec()).unwrap_or_default();
         let guarded_cache = cache.clone();
-        let sandbox = Sandbox::new(SandboxSettings {
-            // Counting is compiled in, so it is on for all when one plugin needs it.
-            fuel: config.limits.fuel_max > 0 || config.plugin_limits().values().any(|limits| limits.fuel_max > 0),
-            ..SandboxSettings::new(cache, &config.limits)
-        })?;
+        let sandbox = Sandbox::new(SandboxSettings::of_run(cache, &config.limits, &config.plugin_limits()))?;
         let tools = grants::load_tools(&sandbox, &config, &run, guarded_cache.as_deref()).await?;
         let grader = config.grader.as_ref();
         let grader = grader.map(|grader| sandbox.load_granted_grader(&grader.component, &grader.grants)).transpose()?;
