@@ -113,13 +113,28 @@ fn grants_never_overlap_what_the_host_keeps() {
 #[test]
 fn a_granted_folder_reaches_the_tool_and_its_pin_the_record() {
     let call = r#"["read", {"text": "/docs/notes.txt"}], ["read", {"text": "/docs/../test.jsonl"}]"#;
-    let bench = granted_run(&component("granted_tool"), call, "[tools.granted.grants]\nfolders.docs = \"docs\"");
+    let bench = granted_run("tool.wasm", call, "[tools.granted.grants]\nfolders.docs = \"docs\"");
+    // What it asks for stands in a file beside it, which a run keeps with it.
+    let tool = std::fs::read(component("granted_tool")).unwrap();
+    std::fs::write(bench.path().join("tool.wasm"), replaced(tool, "fulgurite:manifest", "fulgurite:manifesT")).unwrap();
+    bench.write("tool.manifest.json", "{\"folders\":[\"docs\"]}");
     std::fs::create_dir(bench.path().join("docs")).unwrap();
     bench.write("docs/notes.txt", CANARY);
     assert_eq!(run(&bench).code, 0);
     let show = bench.succeed(&["rollouts", "show", "eval-scripted-sampled-00000-0000", "--run", "run"]).stdout;
     assert!(show.contains(CANARY), "{show}");
     assert!(!show.contains("behaviour\\\""), "the second call must not have read the dataset: {show}");
+    std::fs::remove_file(bench.path().join("tool.manifest.json")).unwrap();
+    bench.succeed(&["replay", "--all", "--run", "run"]);
+}
+
+/// A component with a text in it replaced by another of the same length.
+fn replaced(mut bytes: Vec<u8>, old: &str, new: &str) -> Vec<u8> {
+    assert_eq!(old.len(), new.len());
+    while let Some(at) = bytes.windows(old.len()).position(|window| window == old.as_bytes()) {
+        bytes[at..at + new.len()].copy_from_slice(new.as_bytes());
+    }
+    bytes
 }
 
 /// A server on this machine that answers every request with its head, and the granted tool that asks for it.
@@ -148,13 +163,9 @@ impl Server {
         });
         let folder = tempfile::tempdir().unwrap();
         let tool = folder.path().join("tool.wasm");
-        let (old, new) = (b"http://127.0.0.1:47001", origin.as_bytes());
-        let mut bytes = std::fs::read(component("granted_tool")).unwrap();
-        assert_eq!(old.len(), new.len(), "ports that the system gives have five digits");
-        while let Some(at) = bytes.windows(old.len()).position(|window| window == old) {
-            bytes[at..at + new.len()].copy_from_slice(new);
-        }
-        std::fs::write(&tool, bytes).unwrap();
+        let bytes = std::fs::read(component("granted_tool")).unwrap();
+        // Ports that the system gives have five digits.
+        std::fs::write(&tool, replaced(bytes, "http://127.0.0.1:47001", &origin)).unwrap();
         Self { origin, tool: tool.display().to_string(), requests, _folder: folder }
     }
 }

@@ -77,6 +77,7 @@ impl From<TrainError> for Failure {
             TrainError::Config(_)
             | TrainError::Dataset(_)
             | TrainError::Plugin(_)
+            | TrainError::Kept(_)
             | TrainError::Capability(_)
             | TrainError::Endpoint { .. }
             | TrainError::Script { .. }

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, IsTerminal};
-use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::anyhow;
@@ -13,7 +12,7 @@ use fulgurite_core::span::Span;
 use fulgurite_runner::replay::{Items, Recorded, Regraded, ReplayError, ReplayReport, Replayer};
 use fulgurite_sandbox::TapeObserver;
 use fulgurite_store::{RolloutQuery, RolloutStore, SledStore};
-use fulgurite_trainer::{Exchanged, RunDirectory, TrainError, open_replayer};
+use fulgurite_trainer::{Exchanged, RunDirectory, open_replayer};
 use futures::StreamExt;
 
 use crate::arguments::{Output, ReplayArguments};
@@ -101,15 +100,7 @@ fn replayer(
     }
     let exchanged = Exchanged { agent: arguments.agent.as_deref(), grader: arguments.grader.as_deref() };
     let opened = open_replayer(store, run, spec, paths::cache(), exchanged);
-    let replayer = Arc::new(opened.map_err(|error| {
-        let is_of_component = matches!(error, TrainError::Plugin(_));
-        let failure = Failure::from(error);
-        if is_of_component {
-            failure.hint(format!("a run keeps its components in {}", run.components().display()))
-        } else {
-            failure
-        }
-    })?);
+    let replayer = Arc::new(opened?);
     known.insert(key, Arc::clone(&replayer));
     Ok(replayer)
 }
@@ -346,10 +337,4 @@ fn print_regraded(regraded: &Regraded, before: f64, after: Option<f64>, output: 
         printable(&note),
     ));
     Ok(())
-}
-
-/// The config with which a run was made.
-pub(crate) fn config_of(run: &Path) -> Result<fulgurite_trainer::config::RunConfig, Failure> {
-    let path = RunDirectory::new(run).config();
-    fulgurite_trainer::config::RunConfig::load(&path).map_err(Failure::from)
 }

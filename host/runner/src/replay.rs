@@ -4,7 +4,6 @@
 //! the recording: the answers of models, the order in which parallel calls ended, how long everything took.
 
 use std::collections::HashMap;
-use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use fulgurite_core::dataset::DatasetItem;
@@ -161,12 +160,6 @@ pub struct Regraded {
     pub before: Vec<Reward>,
     /// Rewards of the new grader and of the host, or why there are none.
     pub after: Result<Vec<Reward>, AttemptOutcome>,
-}
-
-/// Where components are looked up by their content hash: what a run keeps beside its store.
-#[must_use]
-pub fn component_file(folder: &Path, hash: &ContentHash) -> std::path::PathBuf {
-    folder.join(format!("{hash}.wasm"))
 }
 
 /// Runs recorded attempts again, under the conditions of one record.

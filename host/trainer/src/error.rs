@@ -14,6 +14,7 @@ use fulgurite_store::StoreError;
 use crate::checkpoint::CheckpointError;
 use crate::config::ConfigError;
 use crate::dataset::DatasetError;
+use crate::kept::KeptError;
 use crate::plot::PlotError;
 
 /// Why a run stopped. What was committed stays; `--resume` goes on from there.
@@ -145,6 +146,9 @@ pub enum TrainError {
         /// Why not.
         problem: String,
     },
+    /// A component that ran is not kept any more.
+    #[error(transparent)]
+    Kept(#[from] KeptError),
     /// A rollout cannot be replayed.
     #[error(transparent)]
     Replay(#[from] ReplayError),

@@ -1,20 +1,21 @@
 //! Opens what a recorded rollout ran on, so that it can be run again: the conditions from the store, the components that the
-//! run keeps, and what its tools were granted, as long as that is what it was.
+//! run keeps, and what its plugins were granted, as long as that is what it was.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use fulgurite_core::grant::ToolGrants;
-use fulgurite_core::id::{AttemptKey, AttemptNumber};
+use fulgurite_core::id::{AttemptKey, AttemptNumber, ContentHash};
 use fulgurite_core::record::{ExecutionSettings, RolloutSpec};
 use fulgurite_grants::{ToolCapabilities, needs_places};
 use fulgurite_runner::Plugins;
-use fulgurite_runner::replay::{ReplayError, Replayer, component_file};
+use fulgurite_runner::replay::{ReplayError, Replayer};
 use fulgurite_sandbox::{Sandbox, SandboxSettings};
 use fulgurite_store::RolloutStore;
 
 use crate::config::RunConfig;
 use crate::error::TrainError;
+use crate::kept::kept_component;
 use crate::run_directory::RunDirectory;
 
 /// What is exchanged in a replay.
@@ -38,41 +39,65 @@ pub fn open_replayer(
     exchanged: Exchanged<'_>,
 ) -> Result<Replayer, TrainError> {
     let settings = execution(store, spec)?;
+    let pinned = Pinned::of(spec, &settings)?;
     let sandbox = Sandbox::new(SandboxSettings::of_run(cache, &settings.limits, &settings.plugin_limits))?;
-    let mut pinned = spec.components.iter();
-    let mut next = |what: &str| {
-        let hash = pinned.next().ok_or_else(|| missing(spec, format!("its record names no {what}")))?;
-        Ok::<_, ReplayError>(component_file(&run.components(), hash))
+    // What is exchanged need not be kept any more.
+    let agent = match exchanged.agent {
+        Some(file) => sandbox.load_agent(file)?,
+        None => sandbox.load_agent(&kept_component(run, &pinned.agent)?)?,
     };
-    let agent = next("agent")?;
-    let agent = sandbox.load_agent(exchanged.agent.unwrap_or(&agent))?;
-    let grader = if settings.graded { Some(next("grader")?) } else { None };
-    let grader = exchanged.grader.map(Path::to_owned).or(grader);
-    let grader = grader.map(|file| sandbox.load_grader(&file)).transpose()?;
+    let grader = match (exchanged.grader, pinned.grader) {
+        (Some(file), _) => Some(sandbox.load_grader(file)?),
+        (None, Some(hash)) => Some(sandbox.load_grader(&kept_component(run, &hash)?)?),
+        (None, None) => None,
+    };
     // Only the config says where folders and databases are; a run without them is replayed without it.
-    let config =
-        settings.grants.values().any(|record| needs_places(record)).then(|| RunConfig::of_run(run)).transpose()?;
-    let places = |tool: &str| {
-        let tool = config.as_ref().and_then(|config| config.tools.get(tool));
-        tool.map_or_else(ToolGrants::default, |tool| tool.grants.clone())
-    };
+    let needs_config = settings.grants.values().any(|record| needs_places(record));
+    let config = needs_config.then(|| RunConfig::of_run(run)).transpose()?;
     let mut tools = BTreeMap::new();
     for (name, hash) in &settings.tools {
-        let plugin = format!("tools.{name}");
-        let capabilities = match settings.grants.get(name) {
-            Some(record) => {
-                let limits = settings.plugin_limits.get(name).unwrap_or(&settings.limits);
-                ToolCapabilities::recorded(&plugin, record, &places(name), limits)?
-            }
-            None => ToolCapabilities::none(&plugin),
-        };
-        let file = component_file(&run.components(), hash);
-        tools.insert(name.clone(), sandbox.load_granted_tool(&file, capabilities)?);
+        let places = config.as_ref().and_then(|config| config.tools.get(name)).map(|tool| &tool.grants);
+        let capabilities = capabilities(&settings, name, places.unwrap_or(&ToolGrants::default()))?;
+        tools.insert(name.clone(), sandbox.load_granted_tool(&kept_component(run, hash)?, capabilities)?);
     }
     Ok(Replayer::new(Plugins { agent, grader, tools }, &settings, spec.resources_version)?)
 }
 
+/// What a tool was granted, opened again.
+///
+/// # Errors
+/// When it is not what it was.
+pub(crate) fn capabilities(
+    settings: &ExecutionSettings,
+    tool: &str,
+    places: &ToolGrants,
+) -> Result<ToolCapabilities, TrainError> {
+    let plugin = format!("tools.{tool}");
+    let Some(record) = settings.grants.get(tool) else { return Ok(ToolCapabilities::none(&plugin)) };
+    let limits = settings.plugin_limits.get(tool).unwrap_or(&settings.limits);
+    Ok(ToolCapabilities::recorded(&plugin, record, places, limits)?)
+}
+
+/// The components that a rollout pins.
+pub(crate) struct Pinned {
+    pub(crate) agent: ContentHash,
+    pub(crate) grader: Option<ContentHash>,
+}
+
+impl Pinned {
+    pub(crate) fn of(spec: &RolloutSpec, settings: &ExecutionSettings) -> Result<Self, ReplayError> {
+        let mut pinned = spec.components.iter().copied();
+        let mut next = |what: &str| pinned.next().ok_or_else(|| missing(spec, format!("its record names no {what}")));
+        let agent = next("agent")?;
+        let grader = if settings.graded { Some(next("grader")?) } else { None };
+        Ok(Self { agent, grader })
+    }
+}
+
 /// The conditions under which a rollout ran.
+///
+/// # Errors
+/// When they were not kept.
 pub(crate) fn execution(store: &dyn RolloutStore, spec: &RolloutSpec) -> Result<ExecutionSettings, TrainError> {
     let bytes = store.blob(&spec.execution)?;
     let bytes = bytes.ok_or_else(|| missing(spec, "the conditions under which it ran were not kept".to_owned()))?;
