@@ -277,6 +277,33 @@ fn a_judge_grades_by_a_scripted_endpoint() {
         let line: serde_json::Value = serde_json::from_str(line).unwrap();
         assert_eq!(line["attempt"]["rewards"][0]["value"], 0.25, "{line}");
     }
+
+    // The judge has another opinion now. A replay does not ask for it; a grader that judges the recording does.
+    let config = bench.read("run/config.toml");
+    assert!(config.contains("\"0.25\""), "{config}");
+    let opinion = r#"'{{ 0.75 if item.id == "a" else 0 }}'"#;
+    bench.write("run/config.toml", &config.replace("\"0.25\"", opinion));
+    let all = bench.succeed(&["replay", "--all", "--run", "run"]);
+    assert!(all.stderr.contains("2 of 2 rollouts are identical"), "{}", all.stderr);
+    let judged = component("judged_grader");
+    let again = bench.succeed(&["replay", "--all", "--grader", &judged, "--run", "run", "--output", "json"]);
+    assert!(again.stderr.contains("2 of 2 rewards change"), "{}", again.stderr);
+    assert!(again.stderr.contains("0.2500 before, 0.7500 after; 0 faults"), "{}", again.stderr);
+    // One that asks nobody is not given what it does not ask for.
+    let alone = bench.succeed(&["replay", "--all", "--grader", &component("nasty_grader"), "--run", "run"]);
+    assert!(alone.stderr.contains("0 faults"), "{}", alone.stderr);
+}
+
+#[test]
+fn a_new_grader_asks_no_model_that_the_recorded_run_did_not_grant() {
+    let bench = granted_run(&component("granted_tool"), r#"["list", {"text": "/"}]"#, "");
+    assert_eq!(run(&bench).code, 0);
+    let judged = component("judged_grader");
+    let refused = bench.run(&["replay", "--all", "--grader", &judged, "--run", "run"]);
+    assert_eq!(refused.code, 2, "{}", refused.stderr);
+    for text in [judged.as_str(), "`judge`", "judges answers", "[grader.grants]", "endpoints = [\"judge\"]"] {
+        assert!(refused.stderr.contains(text), "no {text:?} in {}", refused.stderr);
+    }
 }
 
 #[test]

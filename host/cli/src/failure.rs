@@ -78,6 +78,7 @@ impl From<TrainError> for Failure {
             | TrainError::Dataset(_)
             | TrainError::Plugin(_)
             | TrainError::Kept(_)
+            | TrainError::JudgeNotGranted { .. }
             | TrainError::Capability(_)
             | TrainError::Endpoint { .. }
             | TrainError::Script { .. }

@@ -1,18 +1,18 @@
 //! `fulgurite replay`: runs recorded rollouts again, without any model.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, IsTerminal};
 use std::sync::Arc;
 
 use anyhow::anyhow;
-use fulgurite_core::id::{AttemptKey, AttemptNumber, RolloutId};
+use fulgurite_core::id::{AttemptKey, AttemptNumber, ContentHash, RolloutId};
 use fulgurite_core::record::{RolloutRecord, RolloutSpec};
 use fulgurite_core::reward::Reward;
 use fulgurite_core::span::Span;
 use fulgurite_runner::replay::{Items, Recorded, Regraded, ReplayError, ReplayReport, Replayer};
 use fulgurite_sandbox::TapeObserver;
 use fulgurite_store::{RolloutQuery, RolloutStore, SledStore};
-use fulgurite_trainer::{Exchanged, RunDirectory, open_replayer};
+use fulgurite_trainer::{Exchanged, NewGrader, RunDirectory, open_replayer};
 use futures::StreamExt;
 
 use crate::arguments::{Output, ReplayArguments};
@@ -40,10 +40,15 @@ pub(crate) async fn replay(arguments: ReplayArguments) -> Result<(), Failure> {
     if arguments.step {
         return step(&*store, &run, &arguments, keys.first().map(|(key, _)| key)).await;
     }
+    let items: BTreeSet<ContentHash> = keys.iter().map(|(_, spec)| spec.item).collect();
+    let exchanged = Exchanged {
+        agent: arguments.agent.as_deref(),
+        grader: arguments.grader.as_deref().map(|file| NewGrader { file, items: &items }),
+    };
     let mut replayers = Replayers::new();
     let mut work = vec![];
     for (key, spec) in keys {
-        let replayer = replayer(&*store, &run, &arguments, &spec, &mut replayers)?;
+        let replayer = replayer(&*store, &run, exchanged, &spec, &mut replayers)?;
         work.push((key, replayer));
     }
     if arguments.grader.is_some() {
@@ -90,7 +95,7 @@ fn keys(store: &dyn RolloutStore, arguments: &ReplayArguments) -> Result<Vec<(At
 fn replayer(
     store: &dyn RolloutStore,
     run: &RunDirectory,
-    arguments: &ReplayArguments,
+    exchanged: Exchanged<'_>,
     spec: &RolloutSpec,
     known: &mut Replayers,
 ) -> Result<Arc<Replayer>, Failure> {
@@ -98,7 +103,6 @@ fn replayer(
     if let Some(replayer) = known.get(&key) {
         return Ok(Arc::clone(replayer));
     }
-    let exchanged = Exchanged { agent: arguments.agent.as_deref(), grader: arguments.grader.as_deref() };
     let opened = open_replayer(store, run, spec, paths::cache(), exchanged);
     let replayer = Arc::new(opened?);
     known.insert(key, Arc::clone(&replayer));
@@ -233,7 +237,8 @@ async fn step(
 ) -> Result<(), Failure> {
     let key = key.ok_or_else(|| Failure::usage(anyhow!("--step needs a rollout")))?;
     let recorded = Recorded::load(store, key, &Items::default()).map_err(Failure::failed)?;
-    let replayer = replayer(store, run, arguments, &recorded.spec, &mut Replayers::new())?;
+    let exchanged = Exchanged { agent: arguments.agent.as_deref(), grader: None };
+    let replayer = replayer(store, run, exchanged, &recorded.spec, &mut Replayers::new())?;
     let colours = terminal::colours();
     let asks = std::io::stdin().is_terminal();
     let observer: TapeObserver = Arc::new(move |span: &Span| {

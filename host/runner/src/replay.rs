@@ -7,8 +7,10 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use fulgurite_core::dataset::DatasetItem;
+use fulgurite_core::grant::EndpointGrants;
+use fulgurite_core::host_call::{HostCallLog, NoLog};
 use fulgurite_core::id::{AttemptKey, ContentHash};
-use fulgurite_core::llm::{ChatRequest, Completion, LlmError, LlmSession};
+use fulgurite_core::llm::{ChatRequest, Completion, LlmBackend, LlmError, LlmSession, Sampling, SessionInfo};
 use fulgurite_core::outcome::{AttemptOutcome, OutcomeKind};
 use fulgurite_core::record::{AttemptRecord, ExecutionSettings, RolloutSpec};
 use fulgurite_core::reward::{Reward, RewardSource};
@@ -19,7 +21,7 @@ use futures::future::BoxFuture;
 
 use crate::attempt::{Attempt, Ran};
 use crate::fork::{Lineage, agent_events, lineage};
-use crate::grants::RunnerGrants;
+use crate::grants::{Endpoints, RunnerGrants};
 use crate::settings::{Conditions, Plugins};
 use crate::templates::JinjaRenderer;
 
@@ -163,10 +165,22 @@ pub struct Regraded {
 }
 
 /// Runs recorded attempts again, under the conditions of one record.
-#[derive(Debug)]
 pub struct Replayer {
     conditions: Conditions,
     gatekeeper: Gatekeeper,
+    judges: Endpoints,
+}
+
+impl std::fmt::Debug for Replayer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Replayer").field("conditions", &self.conditions).finish_non_exhaustive()
+    }
+}
+
+/// The model endpoints that the recorded run granted to its `agent` or its `grader`.
+#[must_use]
+pub fn recorded_endpoints(settings: &ExecutionSettings, plugin: &str) -> EndpointGrants {
+    settings.grants.get(plugin).and_then(|record| serde_json::from_str(record).ok()).unwrap_or_default()
 }
 
 impl Replayer {
@@ -187,9 +201,24 @@ impl Replayer {
             limits: Arc::new(settings.limits.clone()),
             outcome_reward: settings.outcome_reward.clone(),
             templates: Arc::new(templates),
-            grants: RunnerGrants { plugin_limits: settings.plugin_limits.clone(), ..RunnerGrants::default() },
+            grants: RunnerGrants {
+                plugin_limits: settings.plugin_limits.clone(),
+                // What they answered is in the recording.
+                judge_endpoints: recorded_endpoints(settings, "grader")
+                    .endpoints
+                    .into_iter()
+                    .map(|name| (name, Arc::new(NoModel) as Arc<dyn LlmBackend>))
+                    .collect(),
+                ..RunnerGrants::default()
+            },
         };
-        Ok(Self { conditions, gatekeeper })
+        Ok(Self { conditions, gatekeeper, judges: Endpoints::new() })
+    }
+
+    /// Gives endpoints to the grader of [`Replayer::regrade`]: it asks them anew. A replay never does.
+    #[must_use]
+    pub fn with_judges(self, judges: Endpoints) -> Self {
+        Self { judges, ..self }
     }
 
     /// Replays one attempt. `observer` is called for every event, in the thread and at the moment in which the guest causes
@@ -246,7 +275,8 @@ impl Replayer {
             let tape = Arc::new(Tape::whole(events, recorded.lineage.seeds.clone()));
             let mut ungraded = self.conditions.clone();
             ungraded.plugins.grader = None;
-            let replayer = Self { conditions: ungraded, gatekeeper: Gatekeeper::clone(&self.gatekeeper) };
+            let gatekeeper = Gatekeeper::clone(&self.gatekeeper);
+            let replayer = Self { conditions: ungraded, gatekeeper, judges: Endpoints::new() };
             replayer.run(recorded, &tape).await.outcome
         } else {
             outcome
@@ -270,15 +300,24 @@ impl Replayer {
         recorded: &Recorded,
         outcome: &AttemptOutcome,
     ) -> Result<Vec<Reward>, AttemptOutcome> {
-        let (seed, start) = (recorded.lineage.seeds.last().map_or(recorded.spec.seed, |(_, seed)| *seed), recorded);
+        let seed = recorded.lineage.seeds.last().map_or(recorded.spec.seed, |(_, seed)| *seed);
+        let grants = RunnerGrants { judge_endpoints: self.judges.clone(), ..RunnerGrants::default() };
+        let info = SessionInfo {
+            attempt: recorded.attempt.key.clone(),
+            item_id: recorded.item.id.clone(),
+            seed,
+            sampling: Sampling::default(),
+            history: vec![],
+        };
+        let log: Arc<dyn HostCallLog> = Arc::new(NoLog);
         let graded = self.conditions.grade(
             grader,
             &recorded.item,
             seed,
-            start.lineage.start_unix_ns,
+            recorded.lineage.start_unix_ns,
             outcome,
             [recorded.agent_events(), &[]],
-            None,
+            grants.judge(&info, &log),
         );
         let (mut rewards, _) = graded.await?;
         rewards.extend(self.conditions.outcome_reward(outcome.kind));
@@ -305,6 +344,16 @@ fn differs_from_record(record: &AttemptRecord, ran: &Ran, events: u64) -> Option
 
 /// What a replay asks when its recording has no answer.
 struct NoModel;
+
+impl LlmBackend for NoModel {
+    fn open(&self, _: SessionInfo) -> Box<dyn LlmSession> {
+        Box::new(Self)
+    }
+
+    fn name(&self) -> &'static str {
+        "none"
+    }
+}
 
 impl LlmSession for NoModel {
     fn chat(&self, _: u64, _: Arc<ChatRequest>) -> BoxFuture<'static, Result<Arc<Completion>, LlmError>> {

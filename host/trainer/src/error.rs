@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use fulgurite_core::grant::Capability;
 use fulgurite_core::id::InvalidId;
 use fulgurite_grants::{CapabilityError, HttpSetupError};
 use fulgurite_policy::PolicyError;
@@ -145,6 +146,22 @@ pub enum TrainError {
         rollout: fulgurite_core::id::RolloutId,
         /// Why not.
         problem: String,
+    },
+    /// A grader that judges recordings asks a model that the recorded run did not grant.
+    #[error(
+        "{grader} asks the model endpoint `{endpoint}`{because}, which the recorded run did not grant to its grader, so a replay \
+         does not ask it; take a grader that asks nobody else, or record with these lines in the config:\n{lines}",
+        grader = .grader.display(),
+        because = if .why.is_empty() { String::new() } else { format!(" ({why})") },
+        lines = Capability::Endpoint.lines("grader", .endpoint)
+    )]
+    JudgeNotGranted {
+        /// The grader.
+        grader: PathBuf,
+        /// What it asks for.
+        endpoint: String,
+        /// What for.
+        why: String,
     },
     /// A component that ran is not kept any more.
     #[error(transparent)]

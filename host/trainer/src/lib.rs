@@ -27,7 +27,7 @@ pub use evaluate::{Evaluation, Score};
 pub use fork::{ForkOptions, fork};
 pub use kept::KeptError;
 pub use plot::PlotError;
-pub use replay::{Exchanged, open_replayer};
+pub use replay::{Exchanged, NewGrader, open_replayer};
 pub use report::{RunResult, StageReport};
 pub use run::{RunOptions, run};
 pub use run_directory::RunDirectory;

@@ -1,20 +1,23 @@
 //! Opens what a recorded rollout ran on, so that it can be run again: the conditions from the store, the components that the
 //! run keeps, and what its plugins were granted, as long as that is what it was.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use fulgurite_core::grant::ToolGrants;
+use fulgurite_core::dataset::DatasetItem;
+use fulgurite_core::grant::{EndpointGrants, ToolGrants};
 use fulgurite_core::id::{AttemptKey, AttemptNumber, ContentHash};
 use fulgurite_core::record::{ExecutionSettings, RolloutSpec};
 use fulgurite_grants::{ToolCapabilities, needs_places};
-use fulgurite_runner::Plugins;
-use fulgurite_runner::replay::{ReplayError, Replayer};
-use fulgurite_sandbox::{Sandbox, SandboxSettings};
+use fulgurite_runner::replay::{ReplayError, Replayer, recorded_endpoints};
+use fulgurite_runner::{Endpoints, Plugins};
+use fulgurite_sandbox::{GraderPlugin, Sandbox, SandboxSettings};
 use fulgurite_store::RolloutStore;
 
 use crate::config::RunConfig;
 use crate::error::TrainError;
+use crate::grants::open_endpoint;
 use crate::kept::kept_component;
 use crate::run_directory::RunDirectory;
 
@@ -24,7 +27,16 @@ pub struct Exchanged<'a> {
     /// Another agent than the recorded one.
     pub agent: Option<&'a Path>,
     /// Another grader than the recorded one.
-    pub grader: Option<&'a Path>,
+    pub grader: Option<NewGrader<'a>>,
+}
+
+/// A grader that judges recordings.
+#[derive(Debug, Clone, Copy)]
+pub struct NewGrader<'a> {
+    /// Its component.
+    pub file: &'a Path,
+    /// Content hashes of the items that it judges: a judge that answers by script is told of them.
+    pub items: &'a BTreeSet<ContentHash>,
 }
 
 /// Opens what a rollout pins. Blocks.
@@ -46,10 +58,17 @@ pub fn open_replayer(
         Some(file) => sandbox.load_agent(file)?,
         None => sandbox.load_agent(&kept_component(run, &pinned.agent)?)?,
     };
-    let grader = match (exchanged.grader, pinned.grader) {
-        (Some(file), _) => Some(sandbox.load_grader(file)?),
-        (None, Some(hash)) => Some(sandbox.load_grader(&kept_component(run, &hash)?)?),
-        (None, None) => None,
+    let granted = recorded_endpoints(&settings, "grader");
+    let (grader, judges) = match (exchanged.grader, pinned.grader) {
+        (Some(new), _) => {
+            let (grader, judges) = open_grader(store, run, &sandbox, new, &granted)?;
+            (Some(grader), judges)
+        }
+        (None, Some(hash)) => {
+            let file = kept_component(run, &hash)?;
+            (Some(sandbox.load_granted_grader(&file, &granted)?), Endpoints::new())
+        }
+        (None, None) => (None, Endpoints::new()),
     };
     // Only the config says where folders and databases are; a run without them is replayed without it.
     let needs_config = settings.grants.values().any(|record| needs_places(record));
@@ -60,7 +79,8 @@ pub fn open_replayer(
         let capabilities = capabilities(&settings, name, places.unwrap_or(&ToolGrants::default()))?;
         tools.insert(name.clone(), sandbox.load_granted_tool(&kept_component(run, hash)?, capabilities)?);
     }
-    Ok(Replayer::new(Plugins { agent, grader, tools }, &settings, spec.resources_version)?)
+    let replayer = Replayer::new(Plugins { agent, grader, tools }, &settings, spec.resources_version)?;
+    Ok(replayer.with_judges(judges))
 }
 
 /// What a tool was granted, opened again.
@@ -76,6 +96,46 @@ pub(crate) fn capabilities(
     let Some(record) = settings.grants.get(tool) else { return Ok(ToolCapabilities::none(&plugin)) };
     let limits = settings.plugin_limits.get(tool).unwrap_or(&settings.limits);
     Ok(ToolCapabilities::recorded(&plugin, record, places, limits)?)
+}
+
+/// Loads a grader that judges recordings, with the endpoints that it asks for. It may ask those that the recorded run granted
+/// to its own grader, and no others.
+fn open_grader(
+    store: &dyn RolloutStore,
+    run: &RunDirectory,
+    sandbox: &Sandbox,
+    grader: NewGrader<'_>,
+    granted: &EndpointGrants,
+) -> Result<(Arc<GraderPlugin>, Endpoints), TrainError> {
+    let asks = sandbox.manifest(grader.file)?.endpoints;
+    let may_ask = |name: &str| granted.endpoints.iter().any(|granted| granted == name);
+    if let Some(ask) = asks.iter().find(|ask| !ask.optional && !may_ask(&ask.name)) {
+        return Err(TrainError::JudgeNotGranted {
+            grader: grader.file.to_owned(),
+            endpoint: ask.name.clone(),
+            why: ask.why.clone(),
+        });
+    }
+    let endpoints: Vec<String> = asks.into_iter().map(|ask| ask.name).filter(|name| may_ask(name)).collect();
+    let mut judges = Endpoints::new();
+    if !endpoints.is_empty() {
+        let config = RunConfig::of_run(run)?;
+        let items = items(store, grader.items)?;
+        for name in &endpoints {
+            judges.insert(name.clone(), open_endpoint(&config, run, name, &items)?);
+        }
+    }
+    Ok((sandbox.load_granted_grader(grader.file, &EndpointGrants { endpoints })?, judges))
+}
+
+/// The items of rollouts. One that was not kept is left out: its rollouts cannot be graded either.
+fn items(store: &dyn RolloutStore, hashes: &BTreeSet<ContentHash>) -> Result<Vec<Arc<DatasetItem>>, TrainError> {
+    let mut items = vec![];
+    for hash in hashes {
+        let item = store.blob(hash)?.and_then(|bytes| serde_json::from_slice::<DatasetItem>(&bytes).ok());
+        items.extend(item.map(Arc::new));
+    }
+    Ok(items)
 }
 
 /// The components that a rollout pins.
