@@ -9,6 +9,8 @@ mod support;
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use support::{Bench, Finished, component};
 
@@ -111,43 +113,72 @@ fn grants_never_overlap_what_the_host_keeps() {
 #[test]
 fn a_granted_folder_reaches_the_tool_and_its_pin_the_record() {
     let call = r#"["read", {"text": "/docs/notes.txt"}], ["read", {"text": "/docs/../test.jsonl"}]"#;
-    let bench = granted_run(&component("granted_tool"), call, "[tools.granted.grants]\nfolders.docs = \"docs\"");
+    let bench = granted_run("tool.wasm", call, "[tools.granted.grants]\nfolders.docs = \"docs\"");
+    // What it asks for stands in a file beside it, which a run keeps with it.
+    let tool = std::fs::read(component("granted_tool")).unwrap();
+    std::fs::write(bench.path().join("tool.wasm"), replaced(tool, "fulgurite:manifest", "fulgurite:manifesT")).unwrap();
+    bench.write("tool.manifest.json", "{\"folders\":[\"docs\"]}");
     std::fs::create_dir(bench.path().join("docs")).unwrap();
     bench.write("docs/notes.txt", CANARY);
     assert_eq!(run(&bench).code, 0);
     let show = bench.succeed(&["rollouts", "show", "eval-scripted-sampled-00000-0000", "--run", "run"]).stdout;
     assert!(show.contains(CANARY), "{show}");
     assert!(!show.contains("behaviour\\\""), "the second call must not have read the dataset: {show}");
+    std::fs::remove_file(bench.path().join("tool.manifest.json")).unwrap();
+    bench.succeed(&["replay", "--all", "--run", "run"]);
+}
+
+/// A component with a text in it replaced by another of the same length.
+fn replaced(mut bytes: Vec<u8>, old: &str, new: &str) -> Vec<u8> {
+    assert_eq!(old.len(), new.len());
+    while let Some(at) = bytes.windows(old.len()).position(|window| window == old.as_bytes()) {
+        bytes[at..at + new.len()].copy_from_slice(new.as_bytes());
+    }
+    bytes
+}
+
+/// A server on this machine that answers every request with its head, and the granted tool that asks for it.
+struct Server {
+    origin: String,
+    tool: String,
+    requests: Arc<AtomicUsize>,
+    _folder: tempfile::TempDir,
+}
+
+impl Server {
+    fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let origin = format!("http://127.0.0.1:{}", listener.local_addr().unwrap().port());
+        let requests = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&requests);
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                let mut head = String::new();
+                let mut reader = BufReader::new(stream.try_clone().unwrap());
+                while reader.read_line(&mut head).unwrap() > 2 {}
+                count.fetch_add(1, Ordering::SeqCst);
+                let _ = write!(stream, "HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{head}", head.len());
+            }
+        });
+        let folder = tempfile::tempdir().unwrap();
+        let tool = folder.path().join("tool.wasm");
+        let bytes = std::fs::read(component("granted_tool")).unwrap();
+        // Ports that the system gives have five digits.
+        std::fs::write(&tool, replaced(bytes, "http://127.0.0.1:47001", &origin)).unwrap();
+        Self { origin, tool: tool.display().to_string(), requests, _folder: folder }
+    }
 }
 
 #[test]
 fn a_secret_is_sent_to_the_server_and_is_nowhere_else() {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = listener.local_addr().unwrap().port();
-    std::thread::spawn(move || {
-        for stream in listener.incoming() {
-            let mut stream = stream.unwrap();
-            let mut head = String::new();
-            let mut reader = BufReader::new(stream.try_clone().unwrap());
-            while reader.read_line(&mut head).unwrap() > 2 {}
-            let _ = write!(stream, "HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{head}", head.len());
-        }
-    });
-    let origin = format!("http://127.0.0.1:{port}");
-    let folder = tempfile::tempdir().unwrap();
-    let tool = folder.path().join("tool.wasm");
-    let (old, new) = (b"http://127.0.0.1:47001", origin.as_bytes());
-    let mut bytes = std::fs::read(component("granted_tool")).unwrap();
-    assert_eq!(old.len(), new.len(), "ports that the system gives have five digits");
-    while let Some(at) = bytes.windows(old.len()).position(|window| window == old) {
-        bytes[at..at + new.len()].copy_from_slice(new);
-    }
-    std::fs::write(&tool, bytes).unwrap();
+    let server = Server::start();
+    let origin = &server.origin;
     let grant = format!(
         "[tools.granted.grants]\nhttp = [{{ origin = \"{origin}\", allow_private = [\"127.0.0.1\"], headers.authorization = {{ env = \"TEST_API_KEY\", prefix = \"Bearer \" }} }}]"
     );
     let call = format!("[\"fetch\", {{\"url\": \"{origin}/\"}}]");
-    let bench = granted_run(&tool.display().to_string(), &call, &grant);
+    let bench = granted_run(&server.tool, &call, &grant);
     let finished = run(&bench);
     assert_eq!(finished.code, 0, "{}", finished.stderr);
     let show = bench.succeed(&["rollouts", "show", "eval-scripted-sampled-00000-0000", "--run", "run"]).stdout;
@@ -156,6 +187,65 @@ fn a_secret_is_sent_to_the_server_and_is_nowhere_else() {
     let mut files = 0;
     search(&bench.path().join("run"), &mut files);
     assert!(files > 3, "only {files} files were searched");
+}
+
+/// What came over the network is in the recording; what a folder and a database hold is pinned, and looked at again.
+#[test]
+fn what_a_tool_did_with_its_grants_is_replayed_without_the_server_and_compared_with_the_pins() {
+    let server = Server::start();
+    let origin = &server.origin;
+    let grants = format!(
+        "[tools.granted.limits]\nfuel_max = 100000000\n[tools.granted.grants]\nfolders.docs = \"docs\"\nsqlite.shop = \"shop.db\"\n\
+         http = [{{ origin = \"{origin}\", allow_private = [\"127.0.0.1\"], headers.x-key.env = \"TEST_API_KEY\" }}]"
+    );
+    let calls = format!(
+        r#"["list", {{"text": "/docs"}}], ["read", {{"text": "/docs/notes.txt"}}], ["fetch", {{"url": "{origin}/a"}}],
+        ["execute", {{"sql": "CREATE TABLE t (a)"}}], ["execute", {{"sql": "INSERT INTO t VALUES (random())"}}],
+        ["query", {{"sql": "SELECT a, datetime('now') FROM t"}}], ["fetch", {{"url": "http://elsewhere.test/"}}],
+        ["query", {{"sql": "SELECT nonsense"}}], ["fetch", {{"url": "{origin}/b"}}]"#
+    );
+    let bench = granted_run(&server.tool, &calls.replace('\n', " "), &grants);
+    std::fs::create_dir(bench.path().join("docs")).unwrap();
+    bench.write("docs/notes.txt", CANARY);
+    bench.write("shop.db", "");
+    let finished = run(&bench);
+    assert_eq!(finished.code, 0, "{}", finished.stderr);
+    let id = "eval-scripted-sampled-00000-0000";
+    let show = bench.succeed(&["rollouts", "show", id, "--run", "run"]).stdout;
+    for text in [CANARY, "GET /b", "INSERT INTO t", "elsewhere.test", "no such column"] {
+        assert!(show.contains(text), "no {text:?} in {show}");
+    }
+    let asked = server.requests.load(Ordering::SeqCst);
+    assert_eq!(asked, 4);
+    // Neither the server nor the secret nor the files that the config names for components and data.
+    std::fs::remove_file(&server.tool).unwrap();
+    std::fs::remove_file(bench.path().join("test.jsonl")).unwrap();
+    let all = bench.succeed(&["replay", "--all", "--run", "run"]);
+    assert!(all.stderr.contains("2 of 2 rollouts are identical"), "{}", all.stderr);
+    assert_eq!(server.requests.load(Ordering::SeqCst), asked, "a replay sends nothing");
+
+    let refused = |says: &[&str]| {
+        let refused = bench.run(&["replay", id, "--run", "run"]);
+        assert_eq!(refused.code, 2, "{}\n{}", refused.stdout, refused.stderr);
+        for text in says {
+            assert!(refused.stderr.contains(text), "no {text:?} in {}", refused.stderr);
+        }
+    };
+    bench.write("docs/notes.txt", "something else");
+    let docs = bench.path().join("docs").display().to_string();
+    refused(&["tools.granted.grants.folders.docs", &docs, "has changed since the rollout was recorded", "put back"]);
+    bench.write("docs/notes.txt", CANARY);
+    bench.write("shop.db", "SQLite format 3");
+    refused(&["tools.granted.grants.sqlite.shop", "shop.db"]);
+    std::fs::remove_file(bench.path().join("shop.db")).unwrap();
+    refused(&["tools.granted.grants.sqlite.shop", "shop.db"]);
+    bench.write("shop.db", "");
+    let config = bench.read("run/config.toml");
+    let without: Vec<_> = config.lines().filter(|line| !line.contains("shop.db")).collect();
+    bench.write("run/config.toml", &without.join("\n"));
+    refused(&["tools.granted.grants.sqlite.shop", "config.toml"]);
+    bench.write("run/config.toml", &config);
+    bench.succeed(&["replay", id, "--run", "run"]);
 }
 
 /// Fails when a file under this folder has the secret.
@@ -186,6 +276,33 @@ fn a_judge_grades_by_a_scripted_endpoint() {
     for line in list.lines() {
         let line: serde_json::Value = serde_json::from_str(line).unwrap();
         assert_eq!(line["attempt"]["rewards"][0]["value"], 0.25, "{line}");
+    }
+
+    // The judge has another opinion now. A replay does not ask for it; a grader that judges the recording does.
+    let config = bench.read("run/config.toml");
+    assert!(config.contains("\"0.25\""), "{config}");
+    let opinion = r#"'{{ 0.75 if item.id == "a" else 0 }}'"#;
+    bench.write("run/config.toml", &config.replace("\"0.25\"", opinion));
+    let all = bench.succeed(&["replay", "--all", "--run", "run"]);
+    assert!(all.stderr.contains("2 of 2 rollouts are identical"), "{}", all.stderr);
+    let judged = component("judged_grader");
+    let again = bench.succeed(&["replay", "--all", "--grader", &judged, "--run", "run", "--output", "json"]);
+    assert!(again.stderr.contains("2 of 2 rewards change"), "{}", again.stderr);
+    assert!(again.stderr.contains("0.2500 before, 0.7500 after; 0 faults"), "{}", again.stderr);
+    // One that asks nobody is not given what it does not ask for.
+    let alone = bench.succeed(&["replay", "--all", "--grader", &component("nasty_grader"), "--run", "run"]);
+    assert!(alone.stderr.contains("0 faults"), "{}", alone.stderr);
+}
+
+#[test]
+fn a_new_grader_asks_no_model_that_the_recorded_run_did_not_grant() {
+    let bench = granted_run(&component("granted_tool"), r#"["list", {"text": "/"}]"#, "");
+    assert_eq!(run(&bench).code, 0);
+    let judged = component("judged_grader");
+    let refused = bench.run(&["replay", "--all", "--grader", &judged, "--run", "run"]);
+    assert_eq!(refused.code, 2, "{}", refused.stderr);
+    for text in [judged.as_str(), "`judge`", "judges answers", "[grader.grants]", "endpoints = [\"judge\"]"] {
+        assert!(refused.stderr.contains(text), "no {text:?} in {}", refused.stderr);
     }
 }
 

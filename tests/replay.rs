@@ -5,6 +5,7 @@
 #[path = "support.rs"]
 mod support;
 
+use fulgurite_core::id::ContentHash;
 use serde_json::Value;
 use support::{Bench, Finished, component};
 
@@ -152,4 +153,62 @@ fn forks_are_rollouts_of_the_run_and_are_shown_whole() {
         assert_ne!(refused.code, 0);
         assert!(refused.stderr.contains(says), "{}", refused.stderr);
     }
+}
+
+/// What ran is looked up by its hash, so a file that has another one is refused, whatever it is.
+#[test]
+fn a_kept_component_that_is_not_what_ran_is_refused() {
+    let bench = recorded();
+    let kept = |name: &str| {
+        let hash = ContentHash::of(&std::fs::read(component(name)).unwrap());
+        bench.path().join("a/components").join(format!("{hash}.wasm"))
+    };
+    let replay = ["replay", "--all", "--run", "a"];
+    let fork = ["fork", FIRST, "--at", "1", "--run", "a"];
+    for (name, other) in
+        [("rooms_agent", "nasty_agent"), ("rooms_grader", "nasty_grader"), ("rooms_tool", "nasty_tool")]
+    {
+        std::fs::copy(component(other), kept(name)).unwrap();
+        for command in [&replay[..], &fork] {
+            let refused = bench.run(command);
+            assert_eq!(refused.code, 2, "{}\n{}", refused.stdout, refused.stderr);
+            for text in
+                [&*kept(name).file_name().unwrap().to_string_lossy(), "is not the component that ran", "replace it"]
+            {
+                assert!(refused.stderr.contains(text), "no {text:?} in {}", refused.stderr);
+            }
+        }
+        // What is not run need not be what it was.
+        if name == "rooms_grader" {
+            bench.succeed(&["replay", "--all", "--grader", &component("rooms_grader"), "--run", "a"]);
+        }
+        // The fix that the message names.
+        bench.succeed(&["run", "run.toml", "--run", "a"]);
+        bench.succeed(&replay);
+    }
+    std::fs::remove_file(kept("rooms_tool")).unwrap();
+    let refused = bench.run(&replay);
+    assert_eq!(refused.code, 2, "{}", refused.stderr);
+    assert!(refused.stderr.contains("cannot read the kept component"), "{}", refused.stderr);
+    // The file that the config names is the one that ran.
+    bench.succeed(&fork);
+}
+
+#[test]
+fn a_fork_runs_what_its_ancestor_ran_whatever_the_config_names_now() {
+    let bench = recorded();
+    let config = bench.read("a/config.toml");
+    let changed = ["agent", "grader", "tool"].into_iter().fold(config, |config, part| {
+        let (from, to) = (component(&format!("rooms_{part}")), component(&format!("nasty_{part}")));
+        assert!(config.contains(&from), "{config}");
+        config.replace(&from, &to)
+    });
+    bench.write("a/config.toml", &changed);
+    let forks = lines(&bench.succeed(&["fork", FIRST, "--at", "1", "--run", "a", "--output", "json"]));
+    assert_eq!(forks[0]["outcome"]["kind"], "completed", "{forks:?}");
+    bench.succeed(&["replay", forks[0]["rollout"].as_str().unwrap(), "--run", "a"]);
+    bench.write("a/config.toml", &changed.replace("[tools.rooms]", "[tools.other]"));
+    let refused = bench.run(&["fork", FIRST, "--at", "1", "--run", "a"]);
+    assert_eq!(refused.code, 2, "{}", refused.stderr);
+    assert!(refused.stderr.contains("tools.rooms") && refused.stderr.contains("put it back"), "{}", refused.stderr);
 }

@@ -77,6 +77,8 @@ impl From<TrainError> for Failure {
             TrainError::Config(_)
             | TrainError::Dataset(_)
             | TrainError::Plugin(_)
+            | TrainError::Kept(_)
+            | TrainError::JudgeNotGranted { .. }
             | TrainError::Capability(_)
             | TrainError::Endpoint { .. }
             | TrainError::Script { .. }

@@ -9,12 +9,10 @@ use fulgurite_trainer::ForkOptions;
 use crate::arguments::{ForkArguments, Output};
 use crate::failure::Failure;
 use crate::progress::TerminalProgress;
-use crate::replay::config_of;
 use crate::{paths, terminal, train};
 
 pub(crate) async fn fork(arguments: ForkArguments) -> Result<(), Failure> {
     let run = paths::existing_run(arguments.run.as_deref())?;
-    let config = config_of(&run)?;
     let options = ForkOptions {
         run,
         rollout: RolloutId::new(arguments.rollout).map_err(Failure::usage)?,
@@ -24,7 +22,7 @@ pub(crate) async fn fork(arguments: ForkArguments) -> Result<(), Failure> {
         policy: arguments.policy,
         cache: paths::cache(),
     };
-    let forks = fulgurite_trainer::fork(config, options, Arc::new(TerminalProgress::new())).await?;
+    let forks = fulgurite_trainer::fork(options, Arc::new(TerminalProgress::new())).await?;
     if arguments.output == Output::Text {
         terminal::print(&format!("{:<40} {:<16} {:>7} {:>6}", "fork", "outcome", "reward", "events"));
     }

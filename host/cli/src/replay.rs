@@ -1,20 +1,19 @@
 //! `fulgurite replay`: runs recorded rollouts again, without any model.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, IsTerminal};
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::anyhow;
-use fulgurite_core::id::{AttemptKey, AttemptNumber, RolloutId};
+use fulgurite_core::id::{AttemptKey, AttemptNumber, ContentHash, RolloutId};
 use fulgurite_core::record::{RolloutRecord, RolloutSpec};
 use fulgurite_core::reward::Reward;
 use fulgurite_core::span::Span;
-use fulgurite_runner::replay::{Exchanged, Items, Recorded, Regraded, ReplayError, ReplayReport, Replayer};
+use fulgurite_runner::replay::{Items, Recorded, Regraded, ReplayError, ReplayReport, Replayer};
 use fulgurite_sandbox::TapeObserver;
 use fulgurite_store::{RolloutQuery, RolloutStore, SledStore};
-use fulgurite_trainer::RunDirectory;
+use fulgurite_trainer::{Exchanged, NewGrader, RunDirectory, open_replayer};
 
 use crate::arguments::{Output, ReplayArguments};
 use crate::failure::{Failure, printable};
@@ -39,10 +38,15 @@ pub(crate) async fn replay(arguments: ReplayArguments) -> Result<(), Failure> {
     if arguments.step {
         return step(&*store, &run, &arguments, keys.first().map(|(key, _)| key)).await;
     }
+    let items: BTreeSet<ContentHash> = keys.iter().map(|(_, spec)| spec.item).collect();
+    let exchanged = Exchanged {
+        agent: arguments.agent.as_deref(),
+        grader: arguments.grader.as_deref().map(|file| NewGrader { file, items: &items }),
+    };
     let mut replayers = Replayers::new();
     let mut work = vec![];
     for (key, spec) in keys {
-        let replayer = replayer(&*store, &run, &arguments, &spec, &mut replayers)?;
+        let replayer = replayer(&*store, &run, exchanged, &spec, &mut replayers)?;
         work.push((key, replayer));
     }
     if arguments.grader.is_some() {
@@ -89,7 +93,7 @@ fn keys(store: &dyn RolloutStore, arguments: &ReplayArguments) -> Result<Vec<(At
 fn replayer(
     store: &dyn RolloutStore,
     run: &RunDirectory,
-    arguments: &ReplayArguments,
+    exchanged: Exchanged<'_>,
     spec: &RolloutSpec,
     known: &mut Replayers,
 ) -> Result<Arc<Replayer>, Failure> {
@@ -97,14 +101,8 @@ fn replayer(
     if let Some(replayer) = known.get(&key) {
         return Ok(Arc::clone(replayer));
     }
-    let exchanged = Exchanged { agent: arguments.agent.as_deref(), grader: arguments.grader.as_deref() };
-    let opened = Replayer::open(store, spec, &run.components(), paths::cache(), exchanged);
-    let replayer = Arc::new(opened.map_err(|error| match error {
-        ReplayError::Plugin(_) => {
-            Failure::usage(error).hint(format!("a run keeps its components in {}", run.components().display()))
-        }
-        other => Failure::failed(other),
-    })?);
+    let opened = open_replayer(store, run, spec, paths::cache(), exchanged);
+    let replayer = Arc::new(opened?);
     known.insert(key, Arc::clone(&replayer));
     Ok(replayer)
 }
@@ -247,7 +245,8 @@ async fn step(
 ) -> Result<(), Failure> {
     let key = key.ok_or_else(|| Failure::usage(anyhow!("--step needs a rollout")))?;
     let recorded = Recorded::load(store, key, &Items::default()).map_err(Failure::failed)?;
-    let replayer = replayer(store, run, arguments, &recorded.spec, &mut Replayers::new())?;
+    let exchanged = Exchanged { agent: arguments.agent.as_deref(), grader: None };
+    let replayer = replayer(store, run, exchanged, &recorded.spec, &mut Replayers::new())?;
     let colours = terminal::colours();
     let asks = std::io::stdin().is_terminal();
     let observer: TapeObserver = Arc::new(move |span: &Span| {
@@ -351,10 +350,4 @@ fn print_regraded(regraded: &Regraded, before: f64, after: Option<f64>, output: 
         printable(&note),
     ));
     Ok(())
-}
-
-/// The config with which a run was made.
-pub(crate) fn config_of(run: &Path) -> Result<fulgurite_trainer::config::RunConfig, Failure> {
-    let path = RunDirectory::new(run).config();
-    fulgurite_trainer::config::RunConfig::load(&path).map_err(Failure::from)
 }

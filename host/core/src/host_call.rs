@@ -4,6 +4,8 @@
 //! statements: both are done again when a rollout is replayed, and only compared. What a server or a model answered can only
 //! be remembered.
 
+use futures::future::BoxFuture;
+
 use crate::span::SpanRefused;
 
 /// One call.
@@ -32,6 +34,18 @@ pub enum Remembered {
 pub trait HostCallLog: Send + Sync {
     /// Asked before every call whose result cannot be had again: HTTP and models.
     fn remembered(&self, call: &HostCall) -> Remembered;
+
+    /// Waits until it is this call's turn to be remembered or recorded: at once, but in a replay not before the recorded one's
+    /// was. Tools ask before they are told what is remembered, and before they record.
+    fn turn<'a>(&'a self, call: &'a HostCall) -> BoxFuture<'a, ()> {
+        let _ = call;
+        Box::pin(std::future::ready(()))
+    }
+
+    /// Told when a tool begins with a call of its agent, and when that has ended.
+    fn works(&self, works: bool) {
+        let _ = works;
+    }
 
     /// Told of every call that was made, with its result as JSON text. A log that replays compares.
     ///

@@ -160,7 +160,7 @@ pub struct ExecutionSettings {
     pub templates: BTreeMap<String, String>,
     /// Reward that the host adds for an outcome blamed on the policy.
     pub outcome_reward: BTreeMap<OutcomeKind, f64>,
-    /// Grants of tools, by the tool's name: JSON text of what the config grants.
+    /// Grants by `agent`, `grader` or the tool's name: JSON text of what the config grants.
     #[serde(default)]
     pub grants: BTreeMap<String, String>,
 }

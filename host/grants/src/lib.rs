@@ -8,11 +8,12 @@ mod folder;
 mod http_client;
 mod openai;
 mod overlap;
+mod record;
 mod secret;
 mod sqlite;
 mod tls;
 
-pub use capabilities::{CapabilityError, ToolCapabilities};
+pub use capabilities::{CapabilityError, ToolCapabilities, needs_places};
 pub use folder::{FolderError, LookupError, NodeId, PinnedFolder};
 pub use http_client::{HttpClient, HttpError, HttpRequest, HttpResponse, HttpSetupError, Resolve, SystemResolver};
 pub use openai::OpenAiEndpoint;

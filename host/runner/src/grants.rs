@@ -20,7 +20,7 @@ pub type Endpoints = BTreeMap<String, Arc<dyn LlmBackend>>;
 pub struct RunnerGrants {
     /// Limits by `agent`, `grader` or a tool's name, where they are narrower than the run's.
     pub plugin_limits: BTreeMap<String, Limits>,
-    /// For the record: JSON text of what each tool is granted, by its name.
+    /// For the record: JSON text of what is granted, by `agent`, `grader` or a tool's name.
     pub records: BTreeMap<String, String>,
     /// Endpoints that the agent may ask beside the policy.
     pub agent_endpoints: Endpoints,

@@ -4,24 +4,24 @@
 //! the recording: the answers of models, the order in which parallel calls ended, how long everything took.
 
 use std::collections::HashMap;
-use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use fulgurite_core::dataset::DatasetItem;
+use fulgurite_core::grant::EndpointGrants;
+use fulgurite_core::host_call::{HostCallLog, NoLog};
 use fulgurite_core::id::{AttemptKey, ContentHash};
-use fulgurite_core::llm::{ChatRequest, Completion, LlmError, LlmSession};
+use fulgurite_core::llm::{ChatRequest, Completion, LlmBackend, LlmError, LlmSession, Sampling, SessionInfo};
 use fulgurite_core::outcome::{AttemptOutcome, OutcomeKind};
 use fulgurite_core::record::{AttemptRecord, ExecutionSettings, RolloutSpec};
 use fulgurite_core::reward::{Reward, RewardSource};
 use fulgurite_core::span::{Span, SpanBody};
-use fulgurite_sandbox::{Divergence, Gatekeeper, GraderPlugin, PluginError, Sandbox, SandboxError, SandboxSettings};
-use fulgurite_sandbox::{Tape, TapeObserver, Templates};
+use fulgurite_sandbox::{Divergence, Gatekeeper, GraderPlugin, Tape, TapeObserver, Templates};
 use fulgurite_store::{RecordedAttempt, RolloutStore, StoreError};
 use futures::future::BoxFuture;
 
 use crate::attempt::{Attempt, Ran};
 use crate::fork::{Lineage, agent_events, lineage};
-use crate::grants::RunnerGrants;
+use crate::grants::{Endpoints, RunnerGrants};
 use crate::settings::{Conditions, Plugins};
 use crate::templates::JinjaRenderer;
 
@@ -39,12 +39,6 @@ pub enum ReplayError {
         /// What is missing.
         problem: String,
     },
-    /// A component cannot be loaded.
-    #[error("cannot load a recorded component")]
-    Plugin(#[from] PluginError),
-    /// The sandbox cannot be started.
-    #[error("cannot start the sandbox")]
-    Sandbox(#[from] SandboxError),
     /// The engine has changed.
     #[error("it was recorded by `{recorded}`, and this is `{current}`: what a guest does may differ")]
     Engine {
@@ -173,67 +167,27 @@ pub struct Regraded {
     pub after: Result<Vec<Reward>, AttemptOutcome>,
 }
 
-/// Where components are looked up by their content hash: what a run keeps beside its store.
-#[must_use]
-pub fn component_file(folder: &Path, hash: &ContentHash) -> std::path::PathBuf {
-    folder.join(format!("{hash}.wasm"))
-}
-
 /// Runs recorded attempts again, under the conditions of one record.
-#[derive(Debug)]
 pub struct Replayer {
     conditions: Conditions,
     gatekeeper: Gatekeeper,
+    judges: Endpoints,
 }
 
-/// What is exchanged in a replay.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Exchanged<'a> {
-    /// Another agent than the recorded one.
-    pub agent: Option<&'a Path>,
-    /// Another grader than the recorded one.
-    pub grader: Option<&'a Path>,
+impl std::fmt::Debug for Replayer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Replayer").field("conditions", &self.conditions).finish_non_exhaustive()
+    }
+}
+
+/// The model endpoints that the recorded run granted to its `agent` or its `grader`.
+#[must_use]
+pub fn recorded_endpoints(settings: &ExecutionSettings, plugin: &str) -> EndpointGrants {
+    settings.grants.get(plugin).and_then(|record| serde_json::from_str(record).ok()).unwrap_or_default()
 }
 
 impl Replayer {
-    /// Loads what a rollout pins: conditions from the store, components from `components`.
-    ///
-    /// # Errors
-    /// When something is missing or cannot be loaded, or this engine is not the one that recorded.
-    pub fn open(
-        store: &dyn RolloutStore,
-        spec: &RolloutSpec,
-        components: &Path,
-        cache_dir: Option<std::path::PathBuf>,
-        exchanged: Exchanged<'_>,
-    ) -> Result<Self, ReplayError> {
-        let missing = |problem: String| ReplayError::Missing {
-            attempt: AttemptKey { rollout: spec.id.clone(), attempt: fulgurite_core::id::AttemptNumber::FIRST },
-            problem,
-        };
-        let bytes = store.blob(&spec.execution)?;
-        let bytes = bytes.ok_or_else(|| missing("the conditions under which it ran were not kept".to_owned()))?;
-        let settings: ExecutionSettings = serde_json::from_slice(&bytes)
-            .map_err(|error| missing(format!("the conditions under which it ran cannot be read: {error}")))?;
-        let sandbox = Sandbox::new(SandboxSettings::new(cache_dir, &settings.limits))?;
-        let mut pinned = spec.components.iter();
-        let mut next = |what: &str| {
-            let hash = pinned.next().ok_or_else(|| missing(format!("its record names no {what}")))?;
-            Ok::<_, ReplayError>(component_file(components, hash))
-        };
-        let agent = next("agent")?;
-        let agent = sandbox.load_agent(exchanged.agent.unwrap_or(&agent))?;
-        let grader = if settings.graded { Some(next("grader")?) } else { None };
-        let grader = exchanged.grader.map(Path::to_owned).or(grader);
-        let grader = grader.map(|file| sandbox.load_grader(&file)).transpose()?;
-        let mut tools = std::collections::BTreeMap::new();
-        for (name, hash) in &settings.tools {
-            tools.insert(name.clone(), sandbox.load_tool(&component_file(components, hash))?);
-        }
-        Self::new(Plugins { agent, grader, tools }, &settings, spec.resources_version)
-    }
-
-    /// Replays under these conditions with components that are loaded already.
+    /// Replays under these conditions.
     ///
     /// # Errors
     /// When this engine is not the one that recorded, or one attempt does not fit on this machine.
@@ -250,9 +204,24 @@ impl Replayer {
             limits: Arc::new(settings.limits.clone()),
             outcome_reward: settings.outcome_reward.clone(),
             templates: Arc::new(templates),
-            grants: RunnerGrants { plugin_limits: settings.plugin_limits.clone(), ..RunnerGrants::default() },
+            grants: RunnerGrants {
+                plugin_limits: settings.plugin_limits.clone(),
+                // What they answered is in the recording.
+                judge_endpoints: recorded_endpoints(settings, "grader")
+                    .endpoints
+                    .into_iter()
+                    .map(|name| (name, Arc::new(NoModel) as Arc<dyn LlmBackend>))
+                    .collect(),
+                ..RunnerGrants::default()
+            },
         };
-        Ok(Self { conditions, gatekeeper })
+        Ok(Self { conditions, gatekeeper, judges: Endpoints::new() })
+    }
+
+    /// Gives endpoints to the grader of [`Replayer::regrade`]: it asks them anew. A replay never does.
+    #[must_use]
+    pub fn with_judges(self, judges: Endpoints) -> Self {
+        Self { judges, ..self }
     }
 
     /// Replays one attempt. `observer` is called for every event, in the thread and at the moment in which the guest causes
@@ -309,7 +278,8 @@ impl Replayer {
             let tape = Arc::new(Tape::whole(events, recorded.lineage.seeds.clone()));
             let mut ungraded = self.conditions.clone();
             ungraded.plugins.grader = None;
-            let replayer = Self { conditions: ungraded, gatekeeper: Gatekeeper::clone(&self.gatekeeper) };
+            let gatekeeper = Gatekeeper::clone(&self.gatekeeper);
+            let replayer = Self { conditions: ungraded, gatekeeper, judges: Endpoints::new() };
             replayer.run(recorded, &tape).await.outcome
         } else {
             outcome
@@ -333,15 +303,24 @@ impl Replayer {
         recorded: &Recorded,
         outcome: &AttemptOutcome,
     ) -> Result<Vec<Reward>, AttemptOutcome> {
-        let (seed, start) = (recorded.lineage.seeds.last().map_or(recorded.spec.seed, |(_, seed)| *seed), recorded);
+        let seed = recorded.lineage.seeds.last().map_or(recorded.spec.seed, |(_, seed)| *seed);
+        let grants = RunnerGrants { judge_endpoints: self.judges.clone(), ..RunnerGrants::default() };
+        let info = SessionInfo {
+            attempt: recorded.attempt.key.clone(),
+            item_id: recorded.item.id.clone(),
+            seed,
+            sampling: Sampling::default(),
+            history: vec![],
+        };
+        let log: Arc<dyn HostCallLog> = Arc::new(NoLog);
         let graded = self.conditions.grade(
             grader,
             &recorded.item,
             seed,
-            start.lineage.start_unix_ns,
+            recorded.lineage.start_unix_ns,
             outcome,
             [recorded.agent_events(), &[]],
-            None,
+            grants.judge(&info, &log),
         );
         let (mut rewards, _) = graded.await?;
         rewards.extend(self.conditions.outcome_reward(outcome.kind));
@@ -368,6 +347,16 @@ fn differs_from_record(record: &AttemptRecord, ran: &Ran, events: u64) -> Option
 
 /// What a replay asks when its recording has no answer.
 struct NoModel;
+
+impl LlmBackend for NoModel {
+    fn open(&self, _: SessionInfo) -> Box<dyn LlmSession> {
+        Box::new(Self)
+    }
+
+    fn name(&self) -> &'static str {
+        "none"
+    }
+}
 
 impl LlmSession for NoModel {
     fn chat(&self, _: u64, _: Arc<ChatRequest>) -> BoxFuture<'static, Result<Arc<Completion>, LlmError>> {

@@ -27,7 +27,8 @@ use crate::meter::{Heartbeat, Meter};
 use crate::output::{GuestOutput, LineSink};
 use crate::plugin::{PluginError, PluginWorld, incompatible};
 use crate::recorder::{GuestLog, Recorder};
-use crate::tape::{SeedSource, Tape};
+use crate::seeds::SeedSource;
+use crate::tape::Tape;
 use crate::templates::Templates;
 
 /// An agent's component, compiled.
@@ -118,21 +119,32 @@ impl AgentState {
     ) -> T {
         let began = Instant::now();
         let Self { table, host, meter, clock, .. } = self;
+        let mut found = None;
         let result = meter
             .host(poll_fn(|context| {
                 if host.tape().is_some_and(|tape| !tape.waits()) {
                     return Poll::Pending;
                 }
-                let poll = ready(table, context);
-                if poll.is_pending() {
+                if found.is_none() {
+                    found = match ready(table, context) {
+                        Poll::Ready(found) => Some(found),
+                        Poll::Pending => None,
+                    };
+                }
+                if found.is_none() {
                     for call in &host.pending_llm {
                         if let Ok(pending) = table.get_mut(&Resource::<PendingLlm>::new_borrow(*call)) {
                             let _ = pending.poll(context);
                         }
                     }
-                    host.poll_tools(table, context);
                 }
-                poll
+                if found.is_none() {
+                    host.poll_tools(table, context);
+                    host.log.recorder.check_waits();
+                } else if host.let_tools_get_on(table, context).is_pending() {
+                    return Poll::Pending;
+                }
+                found.take().map_or(Poll::Pending, Poll::Ready)
             }))
             .await;
         // In a replay this wait ends when the recorded one did.
@@ -144,7 +156,10 @@ impl AgentState {
     }
 
     /// What a wait that is the next event of the recording found, at the time at which it did.
-    pub(crate) fn recorded_wait<T: serde::de::DeserializeOwned>(&self, function: &str) -> Option<T> {
+    pub(crate) async fn recorded_wait<T: serde::de::DeserializeOwned>(&mut self, function: &str) -> Option<T> {
+        let Self { table, host, meter, .. } = self;
+        let tools_first = poll_fn(|context| host.let_tools_get_on(table, context));
+        meter.host(tools_first).await;
         let found = self.host.recorded_result(function)?;
         if let Some(unix_ns) = self.host.tape().and_then(Tape::clock_ns) {
             self.clock.set_unix_ns(unix_ns);

@@ -635,7 +635,7 @@ impl llm::Host for AgentState {
         for call in &calls {
             indices.push(self.table.get(call)?.ticket.call_index);
         }
-        let ready = if let Some(recorded) = self.recorded_wait("wait-any") {
+        let ready = if let Some(recorded) = self.recorded_wait("wait-any").await {
             recorded
         } else {
             {

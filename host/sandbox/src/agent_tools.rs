@@ -86,6 +86,25 @@ impl AgentHost {
     }
 }
 
+impl AgentHost {
+    /// In a replay: ready when the next event of the recording is none of a tool.
+    pub(crate) fn let_tools_get_on(&mut self, table: &mut ResourceTable, context: &mut Context<'_>) -> Poll<()> {
+        if self.awaits_tools(table) {
+            self.poll_tools(table, context);
+        }
+        if self.awaits_tools(table) { Poll::Pending } else { Poll::Ready(()) }
+    }
+
+    /// Whether the next event of the recording is one of a tool, and there is a tool that may cause it.
+    fn awaits_tools(&self, table: &ResourceTable) -> bool {
+        let runs = |call: &u32| {
+            let pending = table.get(&Resource::<PendingTool>::new_borrow(*call));
+            pending.is_ok_and(|pending| matches!(pending.progress, Progress::Running(_)))
+        };
+        self.log.recorder.awaits_tools() && (!self.dropped_tools.is_empty() || self.pending_tools.iter().any(runs))
+    }
+}
+
 impl AgentState {
     /// Makes a call that has begun. Nothing happens before it is polled. `Err` is for the guest.
     fn open_tool_call(
@@ -163,7 +182,8 @@ impl tools::HostPending for AgentState {
             .host(poll_fn(|context| {
                 // A tool makes one call after the other: those before this one have to get on, too.
                 host.poll_tools(table, context);
-                Poll::Ready(table.get_mut(&call).map(|pending| pending.poll(context).is_ready()))
+                let ready = table.get_mut(&call).map(|pending| pending.poll(context).is_ready());
+                if host.awaits_tools(table) { Poll::Pending } else { Poll::Ready(ready) }
             }))
             .await?;
         if let Some(recorded) = self.host.recorded_result("[method]pending.ready") {
@@ -228,11 +248,13 @@ impl tools::Host for AgentState {
             Ok(pending) => pending,
             Err(reached) => return Ok(Err(Self::limit_error(reached))),
         };
+        let Self { table, host, meter, .. } = self;
         let first = poll_fn(|context| {
-            let _ = pending.poll(context);
-            Poll::Ready(())
+            let running = pending.poll(context).is_pending();
+            let others = host.let_tools_get_on(table, context);
+            if running && host.log.recorder.awaits_tools() { Poll::Pending } else { others }
         });
-        self.meter.host(first).await;
+        meter.host(first).await;
         let pending = self.table.push(pending)?;
         self.host.pending_tools.insert(pending.rep());
         Ok(Ok(pending))
@@ -256,7 +278,7 @@ impl tools::Host for AgentState {
         }
         self.host.log.take_span().map_err(Stop::error)?;
         let begun = self.host.log.recorder.begin();
-        let ready = if let Some(recorded) = self.recorded_wait("wait-any") {
+        let ready = if let Some(recorded) = self.recorded_wait("wait-any").await {
             recorded
         } else {
             self.wait_for_any(&calls, PendingTool::poll, || None).await?

@@ -47,6 +47,14 @@ impl SandboxSettings {
             guests_max: None,
         }
     }
+
+    /// The same for a run some of whose plugins have limits of their own, narrower ones. Counting instructions is compiled
+    /// in, so all are counted when one is.
+    #[must_use]
+    pub fn of_run(cache_dir: Option<PathBuf>, limits: &Limits, plugin_limits: &BTreeMap<String, Limits>) -> Self {
+        let settings = Self::new(cache_dir, limits);
+        Self { fuel: settings.fuel || plugin_limits.values().any(|limits| limits.fuel_max > 0), ..settings }
+    }
 }
 
 impl Default for SandboxSettings {

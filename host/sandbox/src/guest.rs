@@ -15,7 +15,7 @@ use crate::limits::Limiter;
 use crate::meter::{Meter, Tick};
 use crate::output::{GuestOutput, GuestStream};
 use crate::random::GuestRandom;
-use crate::tape::SeedSource;
+use crate::seeds::SeedSource;
 
 /// Bounds of the guests of an attempt.
 pub(crate) fn attempt_bounds(limits: &Limits) -> Bounds {

@@ -9,7 +9,7 @@ use wasmtime_wasi::p2::bindings::random::{insecure, insecure_seed, random};
 
 use crate::fault::Stop;
 use crate::guest::GuestState;
-use crate::tape::SeedSource;
+use crate::seeds::SeedSource;
 
 /// The three random sources of WASI, each a stream of its own, so that using one never shifts another.
 #[derive(Debug)]

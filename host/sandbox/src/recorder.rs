@@ -2,9 +2,11 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::RandomState;
+use std::future::poll_fn;
 use std::hash::BuildHasher;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Poll;
 
 use fulgurite_core::host_call::{HostCall, HostCallLog, Remembered};
 use fulgurite_core::id::{AttemptKey, SpanId, TraceId};
@@ -14,6 +16,7 @@ use fulgurite_core::outcome::{AttemptOutcome, OutcomeKind};
 use fulgurite_core::recording::{Cut, fingerprint, fingerprints_attribute};
 use fulgurite_core::seed::Seed;
 use fulgurite_core::span::{Attribute, LlmCall, Span, SpanBody, SpanKind, SpanRefused, SpanSink, SpanStatus};
+use futures::future::BoxFuture;
 
 use crate::clock::VirtualClock;
 use crate::fault::Stop;
@@ -144,6 +147,23 @@ impl Recorder {
     /// The seed that is in force: the attempt's own, or that of the part of a recording which is played back.
     pub(crate) fn seed(&self) -> Seed {
         self.tape().map_or(self.seed, |tape| tape.seed())
+    }
+
+    /// Whether the guest must let its tools get on before it does: see [`Tape::awaits_tools`].
+    pub(crate) fn awaits_tools(&self) -> bool {
+        self.tape().is_some_and(|tape| tape.awaits_tools(self.next_id()))
+    }
+
+    /// The guest waits, and nothing that it waits for has ended: see [`Tape::check_waits`].
+    pub(crate) fn check_waits(&self) {
+        if let Some(tape) = self.tape().filter(|tape| tape.turns().has_work()) {
+            tape.check_waits(self.next_id());
+        }
+    }
+
+    /// Id of the span that would begin now.
+    fn next_id(&self) -> SpanId {
+        SpanId::of_sequence(self.seed(), self.lock().begun)
     }
 
     /// The id of the root span is a function of the seed: a fork has a root of its own.
@@ -379,6 +399,25 @@ fn status_of(body: &SpanBody) -> SpanStatus {
 struct RecordedHostCalls(Arc<Recorder>);
 
 impl HostCallLog for RecordedHostCalls {
+    fn turn<'a>(&'a self, call: &'a HostCall) -> BoxFuture<'a, ()> {
+        let Some(tape) = self.0.tape() else { return Box::pin(std::future::ready(())) };
+        let mut looked_at = None;
+        Box::pin(poll_fn(move |context| {
+            let id = self.0.next_id();
+            if tape.is_turn_of(call, id, self.0.clock.unix_ns()) {
+                return Poll::Ready(());
+            }
+            tape.turns().wait((tape.position(), id), &mut looked_at, context.waker());
+            Poll::Pending
+        }))
+    }
+
+    fn works(&self, works: bool) {
+        if let Some(tape) = self.0.tape() {
+            tape.turns().works(works);
+        }
+    }
+
     fn remembered(&self, call: &HostCall) -> Remembered {
         let remembered = self.0.tape().map_or(Remembered::Nothing, |tape| tape.remembered(call));
         if let Remembered::Result(result) = &remembered

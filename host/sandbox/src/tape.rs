@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use fulgurite_core::host_call::{HostCall, Remembered};
+use fulgurite_core::id::SpanId;
 use fulgurite_core::llm::{ChatRequest, Completion, LlmError, Message, ToolSpec};
 use fulgurite_core::outcome::AttemptOutcome;
 use fulgurite_core::recording::{Cut, fingerprint, first_altered};
@@ -22,11 +23,18 @@ use tokio::sync::Notify;
 
 use crate::fault::Stop;
 use crate::recorder::refused;
+use crate::turns::Turns;
 
 /// What a call that was dropped before its end is recorded with.
 pub(crate) const CANCELLED_CALL: &str = "the call was cancelled";
 /// What a guest's span that was open at the end is recorded with.
 pub(crate) const ABANDONED_SPAN: &str = "the guest ended before the span";
+
+/// As much of a call's arguments is shown to people: bodies of requests are long.
+const SHOWN_CHARS: usize = 300;
+
+/// What the interfaces begin with that tools import.
+const TOOL_INTERFACES: &str = "fulgurite:tool/";
 
 /// Where a replay left its recording.
 #[derive(Debug, Clone, PartialEq)]
@@ -66,6 +74,7 @@ pub struct Tape {
     acts: AtomicU64,
     was_cut: AtomicBool,
     cut_notify: Notify,
+    turns: Turns,
     divergence: Mutex<Option<Divergence>>,
 }
 
@@ -144,6 +153,7 @@ impl Tape {
             acts: AtomicU64::new(0),
             was_cut: AtomicBool::new(false),
             cut_notify: Notify::new(),
+            turns: Turns::default(),
             divergence: Mutex::new(None),
         }
     }
@@ -319,19 +329,62 @@ impl Tape {
         }
     }
 
-    /// What the recording knows of a call of a tool or a grader that is about to be made.
+    /// What the recording knows of a call of a tool or a grader that is about to be made. A whole replay makes none: not even
+    /// one that comes after the recording's end.
     pub(crate) fn remembered(&self, call: &HostCall) -> Remembered {
-        if !self.is_playing() {
+        if !self.is_playing() && !self.whole {
             return Remembered::Nothing;
         }
-        match self.next().map(|span| &span.body) {
-            Some(SpanBody::HostCall { interface, function, arguments, result })
-                if interface == call.interface && function == call.function && *arguments == call.arguments =>
-            {
-                Remembered::Result(result.clone())
-            }
-            _ => Remembered::Differs(format!("the recording has no such {} here", call.function)),
+        let recorded = self.next();
+        if let Some(result) = recorded.and_then(|span| result_of(span, call)) {
+            return Remembered::Result(result.to_owned());
         }
+        let arguments: String = call.arguments.chars().take(SHOWN_CHARS).collect();
+        let detail = format!("the recording has no such call here: {}.{} {arguments}", call.interface, call.function);
+        self.diverge(Divergence {
+            sequence: self.position(),
+            what: "host call",
+            recorded: recorded.cloned().map(Box::new),
+            replayed: None,
+            detail: detail.clone(),
+        });
+        Remembered::Differs(detail)
+    }
+
+    /// Whether a tool's call is the next event of the recording. `id` and `now_ns` are those that its event would have: the
+    /// agent, which they follow from, must have come as far as the recorded one had.
+    pub(crate) fn is_turn_of(&self, call: &HostCall, id: SpanId, now_ns: u64) -> bool {
+        // A tool that is just being opened is alone.
+        if !self.is_playing() || !self.turns.has_work() || self.turns.given_up() {
+            return self.goes_on();
+        }
+        let same = |span: &Span| span.span_id == id && span.start_ns == now_ns && result_of(span, call).is_some();
+        self.goes_on() && self.next().is_some_and(same)
+    }
+
+    /// False when the recorded attempt was ended here: what is under way never ends.
+    fn goes_on(&self) -> bool {
+        self.cut.is_none() || self.waits()
+    }
+
+    /// Whether the guest must let its tools get on: the next event of the recording is one of theirs, and has this id.
+    pub(crate) fn awaits_tools(&self, id: SpanId) -> bool {
+        let is_of_tool = |span: &Span| {
+            span.span_id == id
+                && matches!(&span.body, SpanBody::HostCall { interface, .. } if interface.starts_with(TOOL_INTERFACES))
+        };
+        self.next().is_some_and(is_of_tool) && !self.turns.given_up() && !self.turns.all_wait((self.position(), id))
+    }
+
+    /// The guest waits for what no tool can bring about any more: the replay has left the recording.
+    pub(crate) fn check_waits(&self, id: SpanId) {
+        if self.whole && self.turns.all_wait((self.position(), id)) {
+            self.turns.give_up();
+        }
+    }
+
+    pub(crate) fn turns(&self) -> &Turns {
+        &self.turns
     }
 
     /// The recorded end of a model call; `None` when it did not end before the tape goes live.
@@ -412,12 +465,14 @@ impl Tape {
                 return Played::Diverged;
             }
             self.position.store(position + 1, Ordering::Relaxed);
+            self.turns.moved();
             return Played::Live;
         }
         let recorded = self.next();
         match recorded.and_then(|recorded| difference(recorded, span)) {
             None => {
                 self.position.store(position + 1, Ordering::Relaxed);
+                self.turns.moved();
                 Played::Same
             }
             Some(what) => {
@@ -432,6 +487,17 @@ impl Tape {
     /// The first divergence counts.
     fn diverge(&self, divergence: Divergence) {
         self.divergence.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(divergence);
+    }
+}
+
+/// What a recorded event says came back, when it is this call.
+fn result_of<'a>(span: &'a Span, call: &HostCall) -> Option<&'a str> {
+    match &span.body {
+        SpanBody::HostCall { interface, function, arguments, result } => {
+            let same = interface == call.interface && function == call.function && *arguments == call.arguments;
+            same.then_some(result)
+        }
+        _ => None,
     }
 }
 
@@ -461,48 +527,6 @@ impl Progress {
     /// How much it has done.
     pub(crate) fn acts(&self) -> u64 {
         self.acts.load(Ordering::Relaxed)
-    }
-}
-
-/// Where a guest's random numbers come from: the seed of the attempt, or of that part of a recording which is played back,
-/// and the guest's own name below it.
-#[derive(Debug, Clone)]
-pub struct SeedSource {
-    seed: Seed,
-    tape: Option<Arc<Tape>>,
-    path: Vec<String>,
-}
-
-impl SeedSource {
-    /// The seeds of an attempt.
-    #[must_use]
-    pub fn new(seed: Seed, tape: Option<Arc<Tape>>) -> Self {
-        Self { seed, tape, path: vec![] }
-    }
-
-    /// Those of a guest of it.
-    #[must_use]
-    pub fn child(mut self, name: &str) -> Self {
-        self.path.push(name.to_owned());
-        self
-    }
-
-    /// The seed that is in force.
-    #[must_use]
-    pub fn seed(&self) -> Seed {
-        let base = self.tape.as_ref().map_or(self.seed, |tape| tape.seed());
-        self.path.iter().fold(base, |seed, name| seed.child(name))
-    }
-
-    /// Whether it never changes.
-    pub(crate) fn is_fixed(&self) -> bool {
-        self.tape.is_none()
-    }
-}
-
-impl From<Seed> for SeedSource {
-    fn from(seed: Seed) -> Self {
-        Self::new(seed, None)
     }
 }
 

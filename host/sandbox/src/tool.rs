@@ -27,7 +27,7 @@ use crate::guest::{self, GuestSetup};
 use crate::meter::Meter;
 use crate::output::GuestOutput;
 use crate::plugin::{PluginError, PluginWorld, incompatible};
-use crate::tape::SeedSource;
+use crate::seeds::SeedSource;
 
 /// A tool's component, compiled.
 pub struct ToolPlugin {
@@ -190,6 +190,7 @@ impl Instance {
         name: String,
         arguments: String,
     ) -> (Option<Box<Self>>, Result<String, ToolError>) {
+        let _working = Working::new(&self.store.data().host.log);
         let session = self.session;
         let calls = self.calls.clone();
         let called = meter.guest(calls.session().call_call(&mut self.store, session, &name, &arguments)).await;
@@ -211,6 +212,22 @@ impl Instance {
                 (None, Err(ToolError::Fault { detail: outcome.detail, limit: outcome.limit }))
             }
         }
+    }
+}
+
+/// Tells the log that a tool works on a call, for as long as it does.
+struct Working(Arc<dyn HostCallLog>);
+
+impl Working {
+    fn new(log: &Arc<dyn HostCallLog>) -> Self {
+        log.works(true);
+        Self(Arc::clone(log))
+    }
+}
+
+impl Drop for Working {
+    fn drop(&mut self) {
+        self.0.works(false);
     }
 }
 

@@ -19,6 +19,7 @@ use fulgurite_sandbox::PluginWorld;
 use serde::{Deserialize, Serialize};
 
 pub use crate::grants::EndpointConfig;
+use crate::run_directory::RunDirectory;
 
 /// A run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -346,6 +347,17 @@ impl RunConfig {
         config.resolve(&folder);
         config.check_files(path)?;
         Ok(config)
+    }
+
+    /// Reads the config that a run keeps. Its paths are absolute already; whether what they name is still there is not
+    /// checked, because a run's components are kept beside it and its data may be gone.
+    ///
+    /// # Errors
+    /// As [`RunConfig::load`], missing files excepted.
+    pub fn of_run(run: &RunDirectory) -> Result<Self, ConfigError> {
+        let path = run.config();
+        let text = std::fs::read_to_string(&path).map_err(|source| ConfigError::Read { path: path.clone(), source })?;
+        Self::parse(&path, &text)
     }
 
     /// Parses and checks text; `path` is for messages only.

@@ -2,10 +2,12 @@
 
 use std::path::PathBuf;
 
+use fulgurite_core::grant::Capability;
 use fulgurite_core::id::InvalidId;
 use fulgurite_grants::{CapabilityError, HttpSetupError};
 use fulgurite_policy::PolicyError;
 use fulgurite_runner::RunnerError;
+use fulgurite_runner::replay::ReplayError;
 use fulgurite_runner::scripted::ScriptError;
 use fulgurite_sandbox::{AlgorithmFault, PluginError, SandboxError};
 use fulgurite_store::StoreError;
@@ -13,6 +15,7 @@ use fulgurite_store::StoreError;
 use crate::checkpoint::CheckpointError;
 use crate::config::ConfigError;
 use crate::dataset::DatasetError;
+use crate::kept::KeptError;
 use crate::plot::PlotError;
 
 /// Why a run stopped. What was committed stays; `--resume` goes on from there.
@@ -144,6 +147,28 @@ pub enum TrainError {
         /// Why not.
         problem: String,
     },
+    /// A grader that judges recordings asks a model that the recorded run did not grant.
+    #[error(
+        "{grader} asks the model endpoint `{endpoint}`{because}, which the recorded run did not grant to its grader, so a replay \
+         does not ask it; take a grader that asks nobody else, or record with these lines in the config:\n{lines}",
+        grader = .grader.display(),
+        because = if .why.is_empty() { String::new() } else { format!(" ({why})") },
+        lines = Capability::Endpoint.lines("grader", .endpoint)
+    )]
+    JudgeNotGranted {
+        /// The grader.
+        grader: PathBuf,
+        /// What it asks for.
+        endpoint: String,
+        /// What for.
+        why: String,
+    },
+    /// A component that ran is not kept any more.
+    #[error(transparent)]
+    Kept(#[from] KeptError),
+    /// A rollout cannot be replayed.
+    #[error(transparent)]
+    Replay(#[from] ReplayError),
     /// Asked to stop.
     #[error("stopped on request; go on with `--resume`")]
     Stopped,

@@ -1,5 +1,6 @@
 //! Forking recorded rollouts from outside a training run.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -9,10 +10,13 @@ use fulgurite_core::record::RolloutSpec;
 use fulgurite_policy::PolicyEngine;
 use fulgurite_runner::fork::{event_of_call, fork_point, lineage};
 use fulgurite_runner::{Job, RolloutResult};
+use fulgurite_store::{RolloutStore, SledStore};
 
-use crate::config::RunConfig;
+use crate::config::{ConfigError, PluginConfig, RunConfig, ToolConfig};
 use crate::error::TrainError;
+use crate::kept::kept_or_named;
 use crate::progress::{ProgressEvent, ProgressSink};
+use crate::replay::{Pinned, capabilities, execution};
 use crate::run_directory::RunDirectory;
 use crate::setup::Setup;
 
@@ -35,23 +39,14 @@ pub struct ForkOptions {
     pub cache: Option<PathBuf>,
 }
 
-/// Runs a rollout again up to a model call and lets it go on from there, several times, with new seeds.
+/// Runs a rollout again up to a model call and lets it go on from there, several times, with new seeds. It runs the
+/// components that the rollout ran.
 ///
 /// # Errors
 /// When the rollout cannot be forked there, or the run fails: see [`TrainError`].
-pub async fn fork(
-    mut config: RunConfig,
-    options: ForkOptions,
-    progress: Arc<dyn ProgressSink>,
-) -> Result<Vec<RolloutResult>, TrainError> {
-    config.stage.clear();
-    config.control.clear();
-    let setup = Setup::new(config, RunDirectory::new(&options.run), options.cache.clone()).await?;
-    if let (Some(path), Some(engine)) = (&options.policy, setup.model.engine()) {
-        engine.restore(path).await?;
-    }
-    let version = setup.model.engine().map(PolicyEngine::version).unwrap_or_default();
-    let store = Arc::clone(setup.runner.store());
+pub async fn fork(options: ForkOptions, progress: Arc<dyn ProgressSink>) -> Result<Vec<RolloutResult>, TrainError> {
+    let run = RunDirectory::new(&options.run);
+    let store: Arc<dyn RolloutStore> = Arc::new(SledStore::open(&run.store())?);
     let failed = |problem: String| TrainError::Fork { rollout: options.rollout.clone(), problem };
     let ancestor = store.rollout(&options.rollout)?.ok_or_else(|| failed("there is no such rollout".to_owned()))?;
     let attempt = options.attempt.or(ancestor.attempt).ok_or_else(|| failed("it has not begun".to_owned()))?;
@@ -59,6 +54,17 @@ pub async fn fork(
     let events = lineage(&*store, &key).map_err(failed)?;
     let event = event_of_call(&events.spans, options.call).map_err(failed)?;
     let point = fork_point(&*store, &options.rollout, Some(attempt), event).map_err(failed)?;
+    let config = {
+        let (store, run, spec) = (Arc::clone(&store), run.clone(), ancestor.spec.clone());
+        // Components and whole folders are read.
+        let config = tokio::task::spawn_blocking(move || config_of(&*store, &run, &spec));
+        config.await.map_err(|_| fulgurite_runner::RunnerError::WorkerLost)??
+    };
+    let setup = Setup::new(config, run, options.cache.clone(), Some(Arc::clone(&store))).await?;
+    if let (Some(path), Some(engine)) = (&options.policy, setup.model.engine()) {
+        engine.restore(path).await?;
+    }
+    let version = setup.model.engine().map(PolicyEngine::version).unwrap_or_default();
     let bytes = store.blob(&ancestor.spec.item)?.ok_or_else(|| failed("its item was not kept".to_owned()))?;
     let item: DatasetItem = serde_json::from_slice(&bytes).map_err(|error| failed(error.to_string()))?;
     let item = Arc::new(item);
@@ -91,4 +97,35 @@ pub async fn fork(
     });
     let batch = setup.runner.submit(jobs, setup.model.backend()).await?;
     Ok(batch.all().await?)
+}
+
+/// The run's config with the components that the ancestor ran, whatever has become of the files that it names. What tools are
+/// granted must be what it was.
+fn config_of(store: &dyn RolloutStore, run: &RunDirectory, ancestor: &RolloutSpec) -> Result<RunConfig, TrainError> {
+    let settings = execution(store, ancestor)?;
+    let pinned = Pinned::of(ancestor, &settings)?;
+    let mut config = RunConfig::of_run(run)?;
+    config.stage.clear();
+    config.control.clear();
+    let gone = |section: &str| ConfigError::Invalid {
+        path: run.config(),
+        field: section.to_owned(),
+        problem: "the rollout ran with it and it is not there any more; put it back".to_owned(),
+    };
+    config.agent.component = kept_or_named(run, &pinned.agent, &config.agent.component)?;
+    config.grader = match (config.grader.take(), pinned.grader) {
+        (Some(grader), Some(hash)) => {
+            Some(PluginConfig { component: kept_or_named(run, &hash, &grader.component)?, ..grader })
+        }
+        (None, Some(_)) => return Err(gone("grader").into()),
+        (_, None) => None,
+    };
+    let mut tools = BTreeMap::new();
+    for (name, hash) in &settings.tools {
+        let tool = config.tools.remove(name).ok_or_else(|| gone(&format!("tools.{name}")))?;
+        capabilities(&settings, name, &tool.grants)?;
+        tools.insert(name.clone(), ToolConfig { component: kept_or_named(run, hash, &tool.component)?, ..tool });
+    }
+    config.tools = tools;
+    Ok(config)
 }

@@ -141,6 +141,23 @@ pub(crate) async fn load_tools(
     Ok(tools)
 }
 
+/// Opens an endpoint that a recorded run granted, as the run's config describes it.
+pub(crate) fn open_endpoint(
+    config: &RunConfig,
+    run: &RunDirectory,
+    name: &str,
+    items: &[Arc<DatasetItem>],
+) -> Result<Arc<dyn LlmBackend>, TrainError> {
+    let Some(endpoint) = config.endpoint.get(name) else {
+        return Err(TrainError::Config(ConfigError::Invalid {
+            path: run.config(),
+            field: format!("endpoint.{name}"),
+            problem: "the recorded run granted it and it is not there any more; put it back".to_owned(),
+        }));
+    };
+    endpoint.open(name, items, &config.limits)
+}
+
 /// Everything that the runner is told about grants.
 pub(crate) fn of_runner(
     config: &RunConfig,
@@ -156,10 +173,18 @@ pub(crate) fn of_runner(
         }
         Ok(endpoints)
     };
-    let records = tools.iter().filter(|(_, tool)| !tool.capabilities().granted().is_empty());
+    let granted = tools.iter().filter(|(_, tool)| !tool.capabilities().granted().is_empty());
+    let mut records: BTreeMap<String, String> =
+        granted.map(|(name, tool)| (name.clone(), tool.capabilities().record().to_owned())).collect();
+    // No tool has one of these names.
+    let agent = Some(("agent", &config.agent.grants));
+    let grader = config.grader.as_ref().map(|grader| ("grader", &grader.grants));
+    for (name, grants) in agent.into_iter().chain(grader).filter(|(_, grants)| !grants.is_empty()) {
+        records.insert(name.to_owned(), serde_json::to_string(grants).unwrap_or_default());
+    }
     Ok(RunnerGrants {
         plugin_limits: config.plugin_limits(),
-        records: records.map(|(name, tool)| (name.clone(), tool.capabilities().record().to_owned())).collect(),
+        records,
         agent_endpoints: endpoints(&config.agent.grants)?,
         judge_endpoints: match &config.grader {
             Some(grader) => endpoints(&grader.grants)?,

@@ -43,7 +43,7 @@ pub async fn run(
     std::fs::create_dir_all(run.root()).map_err(TrainError::io(run.root()))?;
     let text = toml::to_string(&config).unwrap_or_default();
     write_atomically(&run.config(), text.as_bytes()).map_err(TrainError::io(run.config()))?;
-    let setup = Setup::new(config, run, options.cache).await?;
+    let setup = Setup::new(config, run, options.cache, None).await?;
     if let (Some(path), Some(engine)) = (&options.policy, setup.model.engine()) {
         engine.restore(path).await?;
     }

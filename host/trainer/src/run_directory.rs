@@ -19,7 +19,6 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use fulgurite_core::id::ContentHash;
-use fulgurite_runner::replay::component_file;
 
 /// Paths inside a run's folder.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,6 +61,12 @@ impl RunDirectory {
     #[must_use]
     pub fn components(&self) -> PathBuf {
         self.root.join("components")
+    }
+
+    /// Where the component with this content is kept.
+    #[must_use]
+    pub fn component(&self, hash: &ContentHash) -> PathBuf {
+        self.components().join(format!("{hash}.wasm"))
     }
 
     /// Checkpoints.
@@ -118,19 +123,6 @@ pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> std::io::Result<()>
     file.sync_all()?;
     std::fs::rename(&temporary, path)?;
     sync_folder(path.parent())
-}
-
-/// Keeps a copy of a component under its content hash.
-///
-/// # Errors
-/// When the disk refuses.
-pub(crate) fn keep_component(folder: &Path, component: &Path, hash: &ContentHash) -> std::io::Result<()> {
-    let kept = component_file(folder, hash);
-    if kept.exists() {
-        return Ok(());
-    }
-    std::fs::create_dir_all(folder)?;
-    write_atomically(&kept, &std::fs::read(component)?)
 }
 
 /// Makes a folder appear whole under its final name.

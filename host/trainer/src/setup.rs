@@ -18,7 +18,8 @@ use crate::config::{LocalPolicyConfig, RunConfig};
 use crate::dataset::{Dataset, corpus_of};
 use crate::error::TrainError;
 use crate::grants;
-use crate::run_directory::{RunDirectory, keep_component};
+use crate::kept::keep_component;
+use crate::run_directory::RunDirectory;
 
 /// Everything that a run needs, loaded and checked.
 pub(crate) struct Setup {
@@ -61,8 +62,14 @@ impl Model {
 }
 
 impl Setup {
-    /// Loads plugins and datasets, opens the store and makes the policy with the weights of the run's seed.
-    pub(crate) async fn new(config: RunConfig, run: RunDirectory, cache: Option<PathBuf>) -> Result<Self, TrainError> {
+    /// Loads plugins and datasets, opens the run's store unless it is given, and makes the policy with the weights of the
+    /// run's seed.
+    pub(crate) async fn new(
+        config: RunConfig,
+        run: RunDirectory,
+        cache: Option<PathBuf>,
+        store: Option<Arc<dyn RolloutStore>>,
+    ) -> Result<Self, TrainError> {
         let seed = Seed::new(config.seed);
         let mut datasets = BTreeMap::new();
         for (name, files) in &config.dataset {
@@ -72,10 +79,8 @@ impl Setup {
         let test_items = evaluated.map(|set| set.split(Split::Test).to_vec()).unwrap_or_default();
         let guarded_cache = cache.clone();
         let sandbox = Sandbox::new(SandboxSettings {
-            // Counting is compiled in, so it is on for all when one plugin needs it.
-            fuel: config.limits.fuel_max > 0 || config.plugin_limits().values().any(|limits| limits.fuel_max > 0),
             guests_max: Some(config.rollout.live_max.saturating_mul(1 + config.tools.len())),
-            ..SandboxSettings::new(cache, &config.limits)
+            ..SandboxSettings::of_run(cache, &config.limits, &config.plugin_limits())
         })?;
         let tools = grants::load_tools(&sandbox, &config, &run, guarded_cache.as_deref()).await?;
         let grader = config.grader.as_ref();
@@ -90,7 +95,7 @@ impl Setup {
             config.tools.iter().filter_map(|(name, tool)| Some((&tool.component, plugins.tools.get(name)?.hash()))),
         );
         for (component, hash) in components {
-            keep_component(&run.components(), component, &hash).map_err(TrainError::io(run.components()))?;
+            keep_component(&run, component, &hash).map_err(TrainError::io(run.components()))?;
         }
         let mut algorithms = BTreeMap::new();
         for stage in config.stage.iter().chain(&config.control) {
@@ -98,7 +103,10 @@ impl Setup {
                 algorithms.insert(stage.algorithm.clone(), sandbox.load_algorithm(&stage.algorithm)?);
             }
         }
-        let store: Arc<dyn RolloutStore> = Arc::new(SledStore::open(&run.store())?);
+        let store = match store {
+            Some(store) => store,
+            None => Arc::new(SledStore::open(&run.store())?),
+        };
         // Publishing again what is there gives the version that is there, so a resumed run pins the same one.
         let mut resources_version = 0;
         for (name, text) in &config.templates {

@@ -59,7 +59,7 @@ pub async fn train(
     let run = RunDirectory::new(&options.run);
     let text = resolved(&config);
     check(&run, &text, options.resume)?;
-    let setup = Setup::new(config, run, options.cache).await?;
+    let setup = Setup::new(config, run, options.cache, None).await?;
     // The last thing before work begins: a start that failed leaves nothing that would have to be resumed.
     let path = setup.run.config();
     write_atomically(&path, text.as_bytes()).map_err(TrainError::io(&path))?;

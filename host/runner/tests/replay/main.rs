@@ -17,4 +17,5 @@ mod behaviours;
 mod changed;
 mod flips;
 mod generated;
+mod granted;
 mod places;

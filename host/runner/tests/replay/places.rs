@@ -8,7 +8,7 @@ use fulgurite_core::id::{AttemptKey, AttemptNumber};
 use fulgurite_core::limits::Limits;
 use fulgurite_core::outcome::OutcomeKind;
 use fulgurite_core::seed::Seed;
-use fulgurite_runner::replay::{Exchanged, Items, Recorded, ReplayError, Replayer, component_file};
+use fulgurite_runner::replay::{Items, Recorded, ReplayError, Replayer};
 use fulgurite_runner::{Recording, RetryPolicy, Runner, RunnerGrants, RunnerSettings};
 use fulgurite_sandbox::{Sandbox, SandboxSettings, Templates};
 use fulgurite_store::{RolloutStore, SledStore};
@@ -16,8 +16,8 @@ use nasty_agent::Behaviour;
 use serde_json::json;
 
 use crate::support::{
-    Backend, Bench, Forbidden, Model, assert_identical, behave, component, drawn_program, job, limits, plugins,
-    plugins_of, program,
+    Backend, Bench, Forbidden, Model, assert_identical, behave, drawn_program, job, limits, plugins, plugins_of,
+    program,
 };
 
 #[test]
@@ -35,7 +35,6 @@ fn a_store_that_was_closed_another_engine_and_other_threads() {
         let results = bench.record(&runner, programs.collect(), Model::Moody).await;
         results.into_iter().map(|result| result.spec.id.clone()).collect::<Vec<_>>()
     });
-    let components = tempfile::tempdir().unwrap();
     let store: Arc<dyn RolloutStore> = Arc::new(SledStore::open(folder.path()).unwrap());
     let bench = Bench { store: Arc::clone(&store) };
     for threads in [1, 4] {
@@ -45,14 +44,7 @@ fn a_store_that_was_closed_another_engine_and_other_threads() {
         });
         assert!(different.is_empty(), "{}", crate::support::shown(&different[0]));
     }
-    // From the store and a folder of components alone; without them it says what is missing.
     let recorded = bench.load(&ids[0]);
-    let open = || Replayer::open(&*store, &recorded.spec, components.path(), None, Exchanged::default());
-    assert!(matches!(open().unwrap_err(), ReplayError::Plugin(_)));
-    for (name, hash) in ["nasty_agent", "nasty_grader", "nasty_tool"].iter().zip(&recorded.spec.components) {
-        std::fs::copy(component(name), component_file(components.path(), hash)).unwrap();
-    }
-    assert_identical(&runtime(1).block_on(open().unwrap().replay(&recorded, None)));
     let mut settings = bench.settings(&recorded);
     settings.engine.push('!');
     assert!(matches!(Replayer::new(plugins(), &settings, 1).unwrap_err(), ReplayError::Engine { .. }));

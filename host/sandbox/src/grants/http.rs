@@ -69,6 +69,7 @@ impl ToolData {
         }
         let log = Arc::clone(&self.host.log);
         let call = HostCall { interface: INTERFACE, function: "send", arguments: arguments(&request) };
+        self.meter.host(log.turn(&call)).await;
         if let Some(result) = remembered(&*log, &call)? {
             return Ok(result);
         }

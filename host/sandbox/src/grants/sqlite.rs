@@ -114,7 +114,9 @@ impl ToolData {
         guard.0 = None;
         let result = result?;
         let hash = ContentHash::of(&serde_json::to_vec(&result).unwrap_or_default());
-        record(&*self.host.log, call, &Compared { hash }).map_err(Stop::error)?;
+        let log = Arc::clone(&self.host.log);
+        self.meter.host(log.turn(&call)).await;
+        record(&*log, call, &Compared { hash }).map_err(Stop::error)?;
         Ok(result)
     }
 }

@@ -60,7 +60,7 @@ impl Tool for Granted {
     }
 
     fn list(&self) -> Vec<ToolSpec> {
-        let names = ["read", "list", "about", "write", "fetch", "query", "execute"];
+        let names = ["read", "list", "about", "write", "fetch", "query", "execute", "visit", "note"];
         names.map(|name| ToolSpec::new(name, "Does what its name says.", &json!({"type": "object"}))).to_vec()
     }
 
@@ -90,6 +90,15 @@ impl Tool for Granted {
                 let database = Database::open(&database).map_err(failed)?;
                 let parameters: Vec<_> = parameters.into_iter().map(Into::into).collect();
                 Ok(json!(database.execute(&sql, &parameters).map_err(failed)?))
+            }
+            // Without arguments, for agents that know of none.
+            "visit" => Ok(json!(Request::get("http://127.0.0.1:47001/").send().map_err(failed)?.text())),
+            "note" => {
+                let database = Database::open("shop").map_err(failed)?;
+                database.execute("CREATE TABLE IF NOT EXISTS notes (drawn)", &[]).map_err(failed)?;
+                database.execute("INSERT INTO notes VALUES (random())", &[]).map_err(failed)?;
+                let rows = database.query("SELECT count(*), max(drawn) FROM notes", &[]).map_err(failed)?;
+                Ok(json!(rows.values.into_iter().flatten().map(Value::from).collect::<Vec<_>>()))
             }
             other => Err(ToolError::UnknownTool(other.to_owned())),
         }
