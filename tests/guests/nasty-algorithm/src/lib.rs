@@ -1,6 +1,8 @@
 //! An algorithm that goes through every verb, and misbehaves on request.
 #![allow(clippy::panic, reason = "misbehaviour is the purpose")]
 
+mod forks;
+
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::hint::black_box;
@@ -16,7 +18,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// `verbs`, `loop`, `trap`, `wait`, `draw`, `huge-state` or nothing.
+    /// `verbs`, `forks`, `loop`, `trap`, `wait`, `draw`, `huge-state` or nothing.
     pub behaviour: String,
     /// After how many steps it is done.
     pub steps: u64,
@@ -54,6 +56,7 @@ impl Algorithm for Nasty {
     fn step(&mut self) -> Result<Progress, AlgorithmError> {
         match self.config.behaviour.as_str() {
             "verbs" => verbs()?,
+            "forks" => forks::step()?,
             "loop" => loop {
                 black_box(());
             },
