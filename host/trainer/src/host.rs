@@ -1,6 +1,7 @@
 //! The host's side of the algorithm world, for one stage: training verbs, demonstrations and metrics. Items and rollouts are in
 //! [`rollouts`].
 
+mod batch;
 mod rollouts;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -25,7 +26,8 @@ use crate::config::{ExperimentConfig, RolloutConfig, StageConfig};
 use crate::dataset::{Cursor, Dataset};
 use crate::metrics;
 
-use rollouts::OpenBatch;
+pub(crate) use batch::CarriedBatch;
+use batch::{Carried, OpenBatch};
 
 /// Notes of one step. 64: a note is for people.
 const NOTES_MAX: usize = 64;
@@ -49,7 +51,22 @@ pub(crate) struct StageHost {
     pub(crate) seed: Seed,
     pub(crate) stop: watch::Receiver<bool>,
     state: Mutex<StageState>,
+    /// Batches of the step, by number.
     batches: tokio::sync::Mutex<BTreeMap<u64, OpenBatch>>,
+    /// Batches of earlier steps that no step has asked for since.
+    carried: tokio::sync::Mutex<Vec<Carried>>,
+}
+
+/// What a step leaves behind.
+#[derive(Debug)]
+pub(crate) struct EndedStep {
+    pub(crate) scalars: BTreeMap<String, f64>,
+    pub(crate) notes: Vec<String>,
+    /// What it and those before it have carried over.
+    pub(crate) carried: Vec<CarriedBatch>,
+    /// Whether it would do the same again. One that went by which rollouts came first would not, and then later steps
+    /// would find rollouts under their ids that other weights drew: it is committed at once.
+    pub(crate) repeats: bool,
 }
 
 /// What changes while a stage runs.
@@ -71,6 +88,8 @@ pub(crate) struct StageState {
     transitions: BTreeMap<TransitionId, Held>,
     /// Transitions of the step that were made to choose or to estimate.
     estimates: BTreeSet<TransitionId>,
+    /// Whether what the step does depends on which rollouts end first.
+    depends_on_arrival: bool,
 }
 
 impl StageState {
@@ -107,24 +126,52 @@ impl StageHost {
         seed: Seed,
         stop: watch::Receiver<bool>,
         state: StageState,
+        carried: Vec<CarriedBatch>,
     ) -> Self {
         let (state, batches) = (Mutex::new(state), tokio::sync::Mutex::default());
-        Self { runner, engine, dataset, stage, rollout, experiment, resources_version, seed, stop, state, batches }
+        let carried = tokio::sync::Mutex::new(carried.into_iter().map(Carried::Recorded).collect());
+        Self {
+            runner,
+            engine,
+            dataset,
+            stage,
+            rollout,
+            experiment,
+            resources_version,
+            seed,
+            stop,
+            state,
+            batches,
+            carried,
+        }
     }
 
     pub(crate) fn state(&self) -> MutexGuard<'_, StageState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends a step: hands out its scalars and notes and forgets its transitions.
-    pub(crate) fn end_step(&self) -> (BTreeMap<String, f64>, Vec<String>) {
+    /// Ends a step: hands out what it leaves behind and forgets its transitions. What it has neither been given nor carried
+    /// over is given up.
+    pub(crate) async fn end_step(&self) -> EndedStep {
+        let batches = std::mem::take(&mut *self.batches.lock().await);
+        let left = batches.into_values().filter_map(OpenBatch::into_carried);
+        let carried = {
+            let mut carried = self.carried.lock().await;
+            carried.extend(left.map(|open| Carried::Running(Box::new(open))));
+            carried.iter().map(Carried::record).collect()
+        };
         let mut state = self.state();
         state.step += 1;
         state.enqueued = 0;
         state.imported = 0;
         state.transitions.clear();
         state.estimates.clear();
-        (std::mem::take(&mut state.scalars), std::mem::take(&mut state.notes))
+        EndedStep {
+            scalars: std::mem::take(&mut state.scalars),
+            notes: std::mem::take(&mut state.notes),
+            carried,
+            repeats: !std::mem::take(&mut state.depends_on_arrival),
+        }
     }
 
     fn check_stop(&self) -> Result<(), AlgorithmHostError> {
@@ -228,10 +275,19 @@ impl AlgorithmHost for StageHost {
         Box::pin(self.await_rollouts(batch, wait, deadline_ms))
     }
 
+    fn carry(&self, batch: u64, groups: Vec<u64>) -> Verb<'_, ()> {
+        Box::pin(self.carry_groups(batch, groups))
+    }
+
+    fn carried(&self) -> Verb<'_, Vec<u64>> {
+        Box::pin(self.carried_batches())
+    }
+
     fn cancel_batch(&self, batch: u64) -> Verb<'_, ()> {
         Box::pin(async move {
             if let Some(open) = self.batches.lock().await.get(&batch) {
-                open.batch.cancel();
+                self.state().depends_on_arrival |= open.outstanding() > 0;
+                open.cancel();
             }
             Ok(())
         })

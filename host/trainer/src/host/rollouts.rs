@@ -1,6 +1,5 @@
 //! Items and rollouts of a stage.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use fulgurite_adapter::Trajectory;
@@ -12,8 +11,10 @@ use fulgurite_core::record::{ForkPoint, RolloutMode, RolloutSpec};
 use fulgurite_core::reward::Reward;
 use fulgurite_core::seed::Generator;
 use fulgurite_runner::fork::fork_point;
-use fulgurite_runner::{Batch, Job, RolloutResult};
+use fulgurite_runner::{Job, RolloutResult};
+use futures::FutureExt;
 
+use super::batch::{Carried, OpenBatch};
 use super::{Held, StageHost, runner_error, transition_view};
 use crate::config::AlgorithmGrant;
 
@@ -21,13 +22,9 @@ use crate::config::AlgorithmGrant;
 const ROLLOUTS_PER_STEP_MAX: u64 = 65_536;
 /// Items of one `next-items`. The same bound.
 const ITEMS_MAX: u32 = 65_536;
-/// Enqueued groups.
-pub(super) struct OpenBatch {
-    pub(super) batch: Batch,
-    size: u64,
-    groups: Vec<u64>,
-    excluded: BTreeMap<&'static str, (u64, String)>,
-}
+/// Rollouts that may be carried over at once. The same bound: a plugin that carries everything over and never asks for it
+/// must not gather live rollouts for ever.
+const CARRIED_MAX: usize = 65_536;
 
 impl StageHost {
     pub(super) fn items(&self, split: Split, count: u32) -> Result<Vec<Item>, AlgorithmHostError> {
@@ -145,12 +142,14 @@ impl StageHost {
         let mut state = self.state();
         let mut views = vec![];
         for ((place, result), rewards) in ended.into_iter().zip(rewards) {
-            state.totals.rollouts += 1;
             let graded = result.is_graded();
-            if !graded {
-                state.totals.failed += 1;
-                let counted = open.excluded.entry(result.outcome.kind.as_str()).or_default();
-                *counted = (counted.0 + 1, result.outcome.detail.clone());
+            if open.counts(place) {
+                state.totals.rollouts += 1;
+                if !graded {
+                    state.totals.failed += 1;
+                    let counted = open.faults.entry(result.outcome.kind).or_default();
+                    *counted = (counted.0 + 1, result.outcome.detail.clone());
+                }
             }
             let transitions = Trajectory::new(&result.spans, &rewards, &result.spec.sampling).transitions;
             let sequence = result.spec.id.to_string();
@@ -168,7 +167,7 @@ impl StageHost {
             }
             views.push(TrajectoryView {
                 rollout: result.spec.id.clone(),
-                group: open.groups.get(place).copied().unwrap_or_default(),
+                group: open.group(place),
                 item_id: result.spec.item_id.clone(),
                 outcome: result.outcome.kind,
                 graded,
@@ -193,27 +192,32 @@ impl StageHost {
     }
 
     fn check_faults(&self, open: &OpenBatch) -> Result<(), AlgorithmHostError> {
-        let excluded: u64 = open.excluded.values().map(|(count, _)| count).sum();
-        if excluded as f64 <= self.rollout.fault_share_max * open.size as f64 {
+        let excluded: u64 = open.faults.values().map(|(count, _)| count).sum();
+        if excluded as f64 <= self.rollout.fault_share_max * open.size() as f64 {
             return Ok(());
         }
-        let most = open.excluded.iter().max_by_key(|(_, (count, _))| *count);
-        let most_frequent = most.map_or_else(String::new, |(kind, (_, detail))| format!("{kind}: {detail}"));
-        Err(AlgorithmHostError::TooManyFaults { excluded, total: open.size, most_frequent })
+        let most = open.faults.iter().max_by_key(|(_, (count, _))| *count);
+        let most_frequent = most.map_or_else(String::new, |(kind, (_, detail))| format!("{}: {detail}", kind.as_str()));
+        Err(AlgorithmHostError::TooManyFaults { excluded, total: open.size(), most_frequent })
     }
 
-    pub(super) async fn enqueue_groups(&self, groups: Vec<GroupSpec>) -> Result<u64, AlgorithmHostError> {
-        let (jobs, places) = self.jobs(&groups)?;
-        let size = jobs.len() as u64;
-        let batch = self.runner.submit(jobs, self.engine.backend()).await.map_err(runner_error)?;
+    /// Files a batch under the next number.
+    async fn open(&self, batch: OpenBatch) -> u64 {
         let number = {
             let mut state = self.state();
             state.batches += 1;
             state.batches
         };
-        let open = OpenBatch { batch, size, groups: places, excluded: BTreeMap::new() };
-        self.batches.lock().await.insert(number, open);
-        Ok(number)
+        self.batches.lock().await.insert(number, batch);
+        number
+    }
+
+    pub(super) async fn enqueue_groups(&self, groups: Vec<GroupSpec>) -> Result<u64, AlgorithmHostError> {
+        let (jobs, places) = self.jobs(&groups)?;
+        let rollouts = jobs.iter().map(|job| job.spec.id.clone()).zip(places).collect();
+        let batch = self.runner.submit(jobs, self.engine.backend()).await.map_err(runner_error)?;
+        let step = self.state().step;
+        Ok(self.open(OpenBatch::new(step, batch, rollouts)).await)
     }
 
     pub(super) async fn await_rollouts(
@@ -222,12 +226,12 @@ impl StageHost {
         wait: WaitFor,
         deadline_ms: Option<u64>,
     ) -> Result<Vec<TrajectoryView>, AlgorithmHostError> {
-        let unknown = || AlgorithmHostError::Unknown { kind: "batch", id: batch.to_string() };
         let mut batches = self.batches.lock().await;
-        let open = batches.get_mut(&batch).ok_or_else(unknown)?;
+        let open = batches.get_mut(&batch).ok_or_else(|| unknown_batch(batch))?;
+        let outstanding = open.outstanding();
         let wanted = match wait {
-            WaitFor::All => open.batch.outstanding(),
-            WaitFor::Count(count) => (count as usize).min(open.batch.outstanding()),
+            WaitFor::All => outstanding,
+            WaitFor::Count(count) => (count as usize).min(outstanding),
         };
         let mut stop = self.stop.clone();
         let until = deadline_ms.map(|ms| tokio::time::Instant::now() + std::time::Duration::from_millis(ms));
@@ -240,7 +244,7 @@ impl StageHost {
                 }
             };
             tokio::select! {
-                next = open.batch.next() => match next {
+                next = open.next() => match next {
                     Some(next) => ended.push(next.map_err(runner_error)?),
                     None => break,
                 },
@@ -248,14 +252,93 @@ impl StageHost {
                 () = passed => break,
             }
         }
+        // Whatever else has ended by now.
+        while let Some(Some(next)) = open.next().now_or_never() {
+            ended.push(next.map_err(runner_error)?);
+        }
+        if wanted < outstanding || ended.len() < wanted {
+            self.state().depends_on_arrival = true;
+        }
         ended.sort_by_key(|(place, _)| *place);
         let views = self.view(open, ended);
         self.check_faults(open)?;
-        if open.batch.outstanding() == 0 {
-            batches.remove(&batch);
-        }
         Ok(views)
     }
+
+    pub(super) async fn carry_groups(&self, batch: u64, groups: Vec<u64>) -> Result<(), AlgorithmHostError> {
+        let mut batches = self.batches.lock().await;
+        let earlier: usize = self.carried.lock().await.iter().map(Carried::rollouts).sum();
+        let open = batches.get_mut(&batch).ok_or_else(|| unknown_batch(batch))?;
+        let rollouts = open.carry(&groups).map_err(|group| {
+            AlgorithmHostError::InvalidArgument(format!("groups: batch `{batch}` has no group {group}"))
+        })?;
+        if earlier + batches.values().map(OpenBatch::carried).sum::<usize>() > CARRIED_MAX {
+            let problem = format!("groups: at most {CARRIED_MAX} rollouts can be carried over at once");
+            return Err(AlgorithmHostError::InvalidArgument(problem));
+        }
+        // They belong to the step that is given them as a group.
+        let is_carried = |held: &Held| RolloutId::new(held.sequence.as_str()).is_ok_and(|id| rollouts.contains(&id));
+        self.state().transitions.retain(|_, held| !is_carried(held));
+        Ok(())
+    }
+
+    /// Opens what earlier steps have carried over.
+    pub(super) async fn carried_batches(&self) -> Result<Vec<u64>, AlgorithmHostError> {
+        self.check_stop()?;
+        let mut carried = std::mem::take(&mut *self.carried.lock().await);
+        carried.sort_by_key(Carried::step);
+        // Who draws the rest of a straggler, and so what is learned from it, depends on how long it takes.
+        self.state().depends_on_arrival |= !carried.is_empty();
+        let mut numbers = vec![];
+        for batch in carried {
+            let open = match batch {
+                Carried::Running(mut open) => {
+                    open.reopen(|id| self.finished(id))?;
+                    *open
+                }
+                Carried::Recorded(record) => {
+                    let jobs = record.rollouts.iter().map(|rollout| self.job_again(&rollout.id));
+                    let jobs = jobs.collect::<Result<Vec<Job>, _>>()?;
+                    let groups = jobs.iter().map(|job| job.spec.group).collect();
+                    let running = self.runner.submit(jobs, self.engine.backend()).await.map_err(runner_error)?;
+                    OpenBatch::resumed(record, running, groups)
+                }
+            };
+            numbers.push(self.open(open).await);
+        }
+        Ok(numbers)
+    }
+
+    /// A rollout that has ended, from the store.
+    fn finished(&self, id: &RolloutId) -> Result<RolloutResult, AlgorithmHostError> {
+        let found = self.runner.finished(id).map_err(runner_error)?;
+        found
+            .ok_or_else(|| AlgorithmHostError::Failed(format!("rollout `{id}` has ended, and the store does not know")))
+    }
+
+    /// A rollout of an earlier process, as it was enqueued.
+    fn job_again(&self, id: &RolloutId) -> Result<Job, AlgorithmHostError> {
+        let unknown = || AlgorithmHostError::Unknown { kind: "carried rollout", id: id.to_string() };
+        let spec = self.runner.store().rollout(id).map_err(runner_error)?.ok_or_else(unknown)?.spec;
+        let changed = |what: &str| {
+            let problem =
+                format!("{what} is not what rollout `{id}` was begun with; put it back, or start another run");
+            AlgorithmHostError::Failed(problem)
+        };
+        if spec.components != self.runner.plugins().hashes() {
+            return Err(changed("a component"));
+        }
+        if spec.execution != self.runner.execution_hash() {
+            return Err(changed("a setting of the run"));
+        }
+        let item = self.dataset.item(spec.split, &spec.item_id).filter(|item| item.texts().hash == spec.item);
+        let item = item.ok_or_else(|| changed(&format!("item `{}`", spec.item_id)))?;
+        Ok(Job { spec, item: Arc::clone(item) })
+    }
+}
+
+fn unknown_batch(batch: u64) -> AlgorithmHostError {
+    AlgorithmHostError::Unknown { kind: "batch of this step", id: batch.to_string() }
 }
 
 /// What a plugin asks for, with what the run's config says where the plugin leaves the default.

@@ -88,6 +88,10 @@ fn verbs() -> Result<(), AlgorithmError> {
     let batch = rollouts::enqueue(&groups)?;
     let mut finished = batch.await_count(1, None)?;
     finished.extend(batch.await_all(None)?);
+    batch.carry(&[1, 0])?;
+    for carried in rollouts::carried()? {
+        metrics::note(&format!("carried {}", carried.await_all(None)?.len()))?;
+    }
     batch.cancel()?;
     let mut entries = vec![];
     for trajectory in &finished {
