@@ -1,4 +1,4 @@
-//! `fulgurite replay`, `fulgurite fork` and what they leave behind, through the binary; and forks through an algorithm.
+//! `fulgurite replay`, `fulgurite fork` and what they leave behind, through the binary.
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test that cannot go on has failed")]
 

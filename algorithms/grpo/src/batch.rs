@@ -14,6 +14,8 @@ pub struct Call<Id> {
     pub is_trained: bool,
     /// Tokens that the policy drew.
     pub completion_tokens: u32,
+    /// The weights that drew them.
+    pub policy_version: u64,
 }
 
 /// A finished rollout, as far as it matters.
@@ -44,6 +46,17 @@ impl<Id> Batch<Id> {
     pub fn has_advantage(&self) -> bool {
         self.entries.iter().any(|(_, advantage)| *advantage != 0.0)
     }
+}
+
+/// How many policy versions lie between drawing and training, over the calls that are trained on: mean and largest. `current`
+/// is the version that is trained. Nothing without such calls.
+#[must_use]
+pub fn staleness<Id>(rollouts: &[Rollout<Id>], current: u64) -> Option<(f64, f64)> {
+    let trained = rollouts.iter().filter(|rollout| rollout.reward.is_some()).flat_map(|rollout| &rollout.calls);
+    let behind = trained.filter(|call| call.is_trained).map(|call| current.saturating_sub(call.policy_version) as f64);
+    let behind: Vec<f64> = behind.collect();
+    let most = behind.iter().copied().reduce(f64::max)?;
+    Some((mean(&behind), most))
 }
 
 /// Puts a batch together.
@@ -100,7 +113,8 @@ mod tests {
     const GRPO: Estimator = Estimator { epsilon: 1e-4, normalise_by_std: true };
 
     fn rollout(group: usize, reward: Option<f64>, ids: &[u32]) -> Rollout<u32> {
-        let calls = ids.iter().map(|id| Call { id: *id, is_trained: true, completion_tokens: 5 }).collect();
+        let calls =
+            ids.iter().map(|id| Call { id: *id, is_trained: true, completion_tokens: 5, policy_version: 3 }).collect();
         Rollout { group, reward, is_malformed: false, calls }
     }
 
@@ -163,6 +177,19 @@ mod tests {
         one.calls[0].is_trained = false;
         let batch = batch(vec![one, rollout(0, Some(0.0), &[3])], GRPO);
         assert_eq!(batch.entries.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [2, 3]);
+    }
+
+    #[test]
+    fn staleness_is_of_what_is_trained_on() {
+        let mut old = rollout(0, Some(1.0), &[1, 2, 3]);
+        old.calls[0].policy_version = 1;
+        // Nobody trains on these two: the second call of the one, and all of the other.
+        old.calls[1] = Call { is_trained: false, policy_version: 0, ..old.calls[1].clone() };
+        let mut fault = rollout(0, None, &[4]);
+        fault.calls[0].policy_version = 0;
+        assert_eq!(staleness(&[old.clone(), fault.clone()], 3), Some((1.0, 2.0)));
+        assert_eq!(staleness(&[rollout(1, Some(0.0), &[5]), old], 4), Some((5.0 / 3.0, 3.0)));
+        assert_eq!(staleness(&[fault], 4), None);
     }
 
     #[test]

@@ -15,6 +15,10 @@ pub struct Config {
     pub groups_per_step: u32,
     /// Rollouts of each item. 8.
     pub group_size: u32,
+    /// Share of a step's rollouts that must have ended before training starts, above 0 and at most 1. 1 waits for all, and
+    /// every run of one seed is the same; with less, which groups are trained on first depends on the machine. Groups that
+    /// are not whole by then are carried over to the next step.
+    pub start_share: f64,
     /// Optimiser steps on the rollouts of one step. 1: then every ratio is 1 and nothing is clipped.
     pub updates_per_step: u32,
     /// Step size. 3e-4: right for tiny models from scratch; 1e-5 for adapters and 1e-6 for large models.
@@ -88,6 +92,7 @@ impl Default for Config {
             steps: 200,
             groups_per_step: 16,
             group_size: 8,
+            start_share: 1.0,
             updates_per_step: 1,
             learning_rate: 3e-4,
             warm_up_steps: 0,
@@ -141,6 +146,9 @@ impl Config {
         }
         if self.group_size < 2 {
             return Err("group_size: use at least 2, a rollout alone has nothing to be compared with".to_owned());
+        }
+        if !(self.start_share > 0.0 && self.start_share <= 1.0) {
+            return Err(format!("start_share: {} is not above 0 and at most 1", self.start_share));
         }
         if !(0.0..=1.0).contains(&self.clip_low) {
             return Err(format!("clip_low: {} is not in 0 to 1", self.clip_low));
@@ -234,6 +242,8 @@ mod tests {
             (r#"{"steps":0}"#, "steps"),
             (r#"{"groups_per_step":0}"#, "groups_per_step"),
             (r#"{"group_size":1}"#, "group_size"),
+            (r#"{"start_share":0}"#, "start_share"),
+            (r#"{"start_share":1.1}"#, "start_share"),
             (r#"{"updates_per_step":0}"#, "updates_per_step"),
             (r#"{"learning_rate":-1}"#, "learning_rate"),
             (r#"{"clip_low":1.5}"#, "clip_low"),

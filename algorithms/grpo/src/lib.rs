@@ -3,6 +3,7 @@
 pub mod advantage;
 pub mod batch;
 mod config;
+mod gather;
 
 use fulgurite_sdk::algorithm::policy::{self, Entry, Model, Numbers, OptimiserStep, Stream};
 use fulgurite_sdk::algorithm::rollouts::{self, Group, Split};
@@ -11,6 +12,7 @@ use fulgurite_sdk::algorithm::{Algorithm, AlgorithmError, Progress, Sampling, me
 use serde::{Deserialize, Serialize};
 
 use batch::{Call, Rollout};
+use gather::Start;
 
 pub use config::{AggregationName, Config, KlEstimatorName};
 
@@ -25,6 +27,9 @@ pub struct State {
     steps: u64,
     /// The last so many optimiser steps were skipped.
     skipped_in_a_row: u32,
+    /// The weights that the last update made; 0 before the first.
+    #[serde(default)]
+    policy_version: u64,
 }
 
 /// The algorithm.
@@ -52,7 +57,8 @@ impl Algorithm for Grpo {
         if self.state.steps == 0 && self.config.has_reference() {
             policy::freeze_reference()?;
         }
-        let batch = batch::batch(self.roll_out()?, self.config.estimator());
+        let rollouts = self.roll_out()?;
+        let batch = batch::batch(rollouts, self.config.estimator());
         if batch.entries.is_empty() {
             let text =
                 format!("no rollout of the step has both a call to train on and a reward `{}`", self.config.dimension);
@@ -76,16 +82,32 @@ impl Algorithm for Grpo {
 
 impl Grpo {
     /// Rolls out the next items and reads what matters of what happened.
-    fn roll_out(&self) -> Result<Vec<Rollout<TransitionId>>, AlgorithmError> {
+    fn roll_out(&mut self) -> Result<Vec<Rollout<TransitionId>>, AlgorithmError> {
         let sampling = Sampling::new().temperature(self.config.temperature);
         let items = rollouts::next_items(Split::Train, self.config.groups_per_step)?;
         let groups: Vec<Group> =
             items.iter().map(|item| Group::new(item.id(), self.config.group_size).sampling(sampling)).collect();
-        let ended = rollouts::enqueue(&groups)?.await_all(None)?;
-        Ok(ended.iter().map(|trajectory| self.read(trajectory)).collect())
+        let size = self.config.group_size as usize;
+        let is_last = self.state.steps + 1 >= self.config.steps;
+        let start = Start::of(self.config.start_share, groups.len() * size, is_last);
+        let gathered = gather::gather(&groups, size, start)?;
+        let ended = gathered.rollouts.iter().map(|(group, trajectory)| self.read(*group, trajectory));
+        let ended: Vec<Rollout<TransitionId>> = ended.collect();
+        // Before the first update of a stage only the rollouts tell which weights these are.
+        let drawn = ended.iter().flat_map(|rollout| &rollout.calls).map(|call| call.policy_version).max();
+        self.state.policy_version = self.state.policy_version.max(drawn.unwrap_or(0));
+        if self.config.start_share < 1.0 {
+            metrics::scalar("carried_in", gathered.carried_in as f64)?;
+            metrics::scalar("carried_out", gathered.carried_out as f64)?;
+            if let Some((mean, most)) = batch::staleness(&ended, self.state.policy_version) {
+                metrics::scalar("staleness_mean", mean)?;
+                metrics::scalar("staleness_max", most)?;
+            }
+        }
+        Ok(ended)
     }
 
-    fn read(&self, trajectory: &Trajectory) -> Rollout<TransitionId> {
+    fn read(&self, group: usize, trajectory: &Trajectory) -> Rollout<TransitionId> {
         let is_graded = trajectory.is_graded();
         let trains =
             |role: &str| self.config.agent_roles.is_empty() || self.config.agent_roles.iter().any(|r| r == role);
@@ -93,9 +115,10 @@ impl Grpo {
             id: transition.id(),
             is_trained: transition.is_trainable() && trains(&transition.agent_role()),
             completion_tokens: transition.completion_tokens(),
+            policy_version: transition.policy_version(),
         });
         Rollout {
-            group: trajectory.group(),
+            group,
             reward: if is_graded { trajectory.total(&self.config.dimension) } else { None },
             is_malformed: is_graded && trajectory.outcome_kind() != "completed",
             calls: calls.collect(),
@@ -118,6 +141,11 @@ impl Grpo {
             let found = policy::forward_backward(&Model::Policy, &entries, &loss)?;
             let stepped = policy::optimiser_step(&Model::Policy, &step)?;
             let skipped = stepped.get("skipped").unwrap_or(0.0);
+            if let Some(version) = stepped.get("policy-version") {
+                #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the host counts versions")]
+                let version = version as u64;
+                self.state.policy_version = version;
+            }
             self.state.skipped_in_a_row = if skipped > 0.0 { self.state.skipped_in_a_row + 1 } else { 0 };
             if update + 1 == self.config.updates_per_step {
                 record(&found, &stepped, &step)?;

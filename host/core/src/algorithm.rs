@@ -92,7 +92,7 @@ pub struct ForkRequest {
 pub enum WaitFor {
     /// All.
     All,
-    /// The first k.
+    /// k, and whatever else has ended by then.
     Count(u32),
 }
 
@@ -225,6 +225,12 @@ pub trait AlgorithmHost: Send + Sync {
     /// Waits for rollouts of a batch, until `deadline_ms` when given, and returns those that have ended and were not
     /// returned before, ordered by rollout index.
     fn await_batch(&self, batch: u64, wait: WaitFor, deadline_ms: Option<u64>) -> Verb<'_, Vec<TrajectoryView>>;
+
+    /// Carries groups of a batch over to a later step, whole: those of their rollouts included that have been returned.
+    fn carry(&self, batch: u64, groups: Vec<u64>) -> Verb<'_, ()>;
+
+    /// Numbers of the batches that earlier steps carried over and that nobody has asked for since, oldest first.
+    fn carried(&self) -> Verb<'_, Vec<u64>>;
 
     /// Cancels what has not ended of a batch.
     fn cancel_batch(&self, batch: u64) -> Verb<'_, ()>;

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use fulgurite_core::id::{AttemptKey, AttemptNumber, ContentHash, RolloutId};
 use fulgurite_core::llm::{LlmBackend, LlmSession, SessionInfo};
 use fulgurite_core::outcome::{AttemptOutcome, OutcomeKind};
-use fulgurite_core::record::{AttemptRecord, WorkerRecord};
+use fulgurite_core::record::{AttemptRecord, RolloutSpec, WorkerRecord};
 use fulgurite_core::state::{AttemptState, RolloutState};
 use fulgurite_sandbox::{Admission, Gatekeeper, Tape};
 use fulgurite_store::{AttemptFinish, Enqueued, RolloutStore, StoreError};
@@ -191,6 +191,17 @@ impl Runner {
         self.shared.watchdog.live()
     }
 
+    /// A rollout that has ended, as [`Batch::next`] returned it; `None` when there is none of that id, or it has not.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub fn finished(&self, rollout: &RolloutId) -> Result<Option<RolloutResult>, RunnerError> {
+        match self.shared.store.rollout(rollout)? {
+            Some(record) if record.state.is_terminal() => self.shared.recorded(&record.spec).map(Some),
+            _ => Ok(None),
+        }
+    }
+
     /// Cancels one rollout, live or queued. Says whether there was anything to cancel.
     ///
     /// # Errors
@@ -328,7 +339,7 @@ impl Worker {
     async fn run(self) -> Result<RolloutResult, RunnerError> {
         let Self { shared, backend, job, live, begun, mut orders, .. } = self;
         let (mut started, mut session, mut tape) = match begun {
-            Begun::Recorded => return shared.recorded(&job),
+            Begun::Recorded => return shared.recorded(&job.spec),
             Begun::Failed(error) => return Err(error),
             Begun::Live { started, session, tape } => (started, session, tape),
         };
@@ -348,7 +359,7 @@ impl Worker {
             tracing::warn!(rollout = %job.spec.id, outcome = result.outcome.kind.as_str(), "attempt failed, trying again");
             (started, session, tape) = match shared.begin_after(&*backend, &job, attempts) {
                 Begun::Live { started, session, tape } => (started, session, tape),
-                Begun::Recorded => return shared.recorded(&job),
+                Begun::Recorded => return shared.recorded(&job.spec),
                 Begun::Failed(error) => return Err(error),
             };
         }
@@ -419,7 +430,7 @@ impl Shared {
         self.begun.fetch_add(1, Ordering::Relaxed);
         let started = match self.settings.recording {
             Recording::Durable => self.store.begin_attempt(&job.spec.id, unix_now_ns(), &self.settings.worker),
-            Recording::Nothing => Ok(unrecorded(job, AttemptNumber(attempts + 1))),
+            Recording::Nothing => Ok(unrecorded(&job.spec.id, AttemptNumber(attempts + 1))),
         };
         let mut started = match started {
             Ok(started) => started,
@@ -491,20 +502,20 @@ impl Shared {
         }
     }
 
-    fn recorded(&self, job: &Job) -> Result<RolloutResult, RunnerError> {
-        let Some(attempt) = self.store.attempts(&job.spec.id)?.pop() else {
+    fn recorded(&self, spec: &Arc<RolloutSpec>) -> Result<RolloutResult, RunnerError> {
+        let Some(attempt) = self.store.attempts(&spec.id)?.pop() else {
             // Cancelled before it began.
             let outcome = AttemptOutcome::failed(OutcomeKind::Cancelled, "the rollout was cancelled before it began");
             let attempt = AttemptRecord {
                 state: AttemptState::Failed,
                 outcome: Some(outcome.clone()),
-                ..unrecorded(job, AttemptNumber::FIRST)
+                ..unrecorded(&spec.id, AttemptNumber::FIRST)
             };
-            return Ok(RolloutResult { spec: Arc::clone(&job.spec), attempt, outcome, spans: Arc::default() });
+            return Ok(RolloutResult { spec: Arc::clone(spec), attempt, outcome, spans: Arc::default() });
         };
         let outcome = attempt.outcome.clone().ok_or(RunnerError::WorkerLost)?;
         let spans = Arc::new(self.store.spans(&attempt.key)?);
-        Ok(RolloutResult { spec: Arc::clone(&job.spec), attempt, outcome, spans })
+        Ok(RolloutResult { spec: Arc::clone(spec), attempt, outcome, spans })
     }
 
     async fn attempt(
@@ -623,9 +634,9 @@ async fn keep_house(runner: Weak<Shared>) {
 }
 
 /// The record of an attempt that no store knows.
-fn unrecorded(job: &Job, attempt: AttemptNumber) -> AttemptRecord {
+fn unrecorded(rollout: &RolloutId, attempt: AttemptNumber) -> AttemptRecord {
     AttemptRecord {
-        key: AttemptKey { rollout: job.spec.id.clone(), attempt },
+        key: AttemptKey { rollout: rollout.clone(), attempt },
         state: AttemptState::Preparing,
         start_unix_ns: unix_now_ns(),
         end_unix_ns: 0,

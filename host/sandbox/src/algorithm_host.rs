@@ -239,6 +239,11 @@ impl rollouts::HostBatch for AlgorithmState {
         self.await_batch(&batch, WaitFor::Count(count), deadline_ms).await
     }
 
+    async fn carry(&mut self, batch: Resource<BatchHandle>, groups: Vec<u64>) -> Answer<()> {
+        let batch = self.table.get(&batch)?.0;
+        Ok(self.verb(|host| async move { host.carry(batch, groups).await }).await)
+    }
+
     async fn cancel(&mut self, batch: Resource<BatchHandle>) -> Answer<()> {
         let batch = self.table.get(&batch)?.0;
         Ok(self.verb(|host| async move { host.cancel_batch(batch).await }).await)
@@ -300,6 +305,16 @@ impl rollouts::Host for AlgorithmState {
         }
         match self.verb(|host| async move { host.enqueue(specs).await }).await {
             Ok(batch) => Ok(Ok(self.table.push(BatchHandle(batch))?)),
+            Err(error) => Ok(Err(error)),
+        }
+    }
+
+    async fn carried(&mut self) -> Answer<Vec<Resource<BatchHandle>>> {
+        match self.verb(|host| async move { host.carried().await }).await {
+            Ok(batches) => {
+                let handles = batches.into_iter().map(|batch| self.table.push(BatchHandle(batch)));
+                Ok(Ok(handles.collect::<Result<_, _>>()?))
+            }
             Err(error) => Ok(Err(error)),
         }
     }

@@ -108,6 +108,14 @@ impl AlgorithmHost for Host {
         self.ask(format!("await {batch} {wait:?} {deadline_ms:?}"), vec![trajectory(name, 1)])
     }
 
+    fn carry(&self, batch: u64, groups: Vec<u64>) -> Verb<'_, ()> {
+        self.ask(format!("carry {batch} {groups:?}"), ())
+    }
+
+    fn carried(&self) -> Verb<'_, Vec<u64>> {
+        self.ask("carried", vec![4, 7])
+    }
+
     fn cancel_batch(&self, batch: u64) -> Verb<'_, ()> {
         self.ask(format!("cancel {batch}"), ())
     }
@@ -198,6 +206,10 @@ async fn every_verb_reaches_the_host() {
             "enqueue 2",
             "await 9 Count(1) None",
             "await 9 All None",
+            "carry 9 [1, 0]",
+            "carried",
+            "await 4 All None",
+            "await 7 All None",
             "cancel 9",
             "import imported [\"user\"] {\"origin\":\"test\"}",
             "forward-backward Policy",
@@ -214,9 +226,10 @@ async fn every_verb_reaches_the_host() {
         ]
     );
     let notes = host.notes.lock().unwrap().clone();
-    assert_eq!(notes[0], "first group 1 item item-0 completed graded true reward 0.75");
+    assert_eq!(notes[..2], ["carried 1", "carried 1"]);
+    assert_eq!(notes[2], "first group 1 item item-0 completed graded true reward 0.75");
     assert!(
-        notes[2..].iter().zip(["policy.save", "policy.load", "llm.chat"]).all(|(note, verb)| note.starts_with(verb))
+        notes[4..].iter().zip(["policy.save", "policy.load", "llm.chat"]).all(|(note, verb)| note.starts_with(verb))
     );
     let groups = host.groups.lock().unwrap().clone();
     assert_eq!((groups[1].item_id.as_str(), groups[1].count, groups[1].mode), ("item-1", 2, RolloutMode::Train));

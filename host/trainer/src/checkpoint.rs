@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::dataset::Cursor;
+use crate::host::CarriedBatch;
 use crate::report::StageReport;
 use crate::run_directory::{publish_folder, temporary_folder};
 
@@ -24,6 +25,9 @@ pub(crate) struct Progress {
     pub(crate) cursors: BTreeMap<String, Cursor>,
     /// Names of the unit's snapshots.
     pub(crate) snapshots: u64,
+    /// Groups that the last steps of the unit have carried over to the next.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) carried: Vec<CarriedBatch>,
     /// Length of `metrics.jsonl` in bytes.
     pub(crate) metrics_bytes: u64,
     /// What the unit has used so far.

@@ -1,34 +1,34 @@
-//! The host's side of the algorithm world, for one stage.
+//! The host's side of the algorithm world, for one stage: training verbs, demonstrations and metrics. Items and rollouts are in
+//! [`rollouts`].
+
+mod batch;
+mod rollouts;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use fulgurite_adapter::{Sequence, Trajectory, Transition};
+use fulgurite_adapter::{Sequence, Transition};
 use fulgurite_core::algorithm::{
-    AlgorithmHost, AlgorithmHostError, BatchEntry, ForkRequest, GroupSpec, Item, ModelReference, Scope, TrajectoryView,
+    AlgorithmHost, AlgorithmHostError, BatchEntry, GroupSpec, Item, ModelReference, Scope, TrajectoryView,
     TransitionForward, TransitionGradient, TransitionView, Verb, WaitFor, Weights,
 };
 use fulgurite_core::dataset::Split;
-use fulgurite_core::id::{RolloutId, TransitionId};
+use fulgurite_core::id::TransitionId;
 use fulgurite_core::llm::{Message, Role, Sampling};
-use fulgurite_core::record::{ForkPoint, RolloutMode, RolloutSpec};
-use fulgurite_core::reward::Reward;
-use fulgurite_core::seed::{Generator, Seed};
+use fulgurite_core::seed::Seed;
 use fulgurite_core::training::{ForwardBackwardReport, LossSpec, OptimiserReport, OptimiserStep, Stream, TrainingRow};
 use fulgurite_policy::{PolicyEngine, PolicyError};
-use fulgurite_runner::fork::fork_point;
-use fulgurite_runner::{Batch, Job, RolloutResult, Runner};
+use fulgurite_runner::Runner;
 use tokio::sync::watch;
 
 use crate::checkpoint::{Progress, Totals};
-use crate::config::{AlgorithmGrant, ExperimentConfig, RolloutConfig, StageConfig};
+use crate::config::{ExperimentConfig, RolloutConfig, StageConfig};
 use crate::dataset::{Cursor, Dataset};
 use crate::metrics;
 
-/// Rollouts that one step may enqueue. 65,536: a bound against a plugin in a loop, far above any real batch.
-const ROLLOUTS_PER_STEP_MAX: u64 = 65_536;
-/// Items of one `next-items`. The same bound.
-const ITEMS_MAX: u32 = 65_536;
+pub(crate) use batch::CarriedBatch;
+use batch::{Carried, OpenBatch};
+
 /// Notes of one step. 64: a note is for people.
 const NOTES_MAX: usize = 64;
 /// Bytes of one note. 1 KiB.
@@ -51,7 +51,22 @@ pub(crate) struct StageHost {
     pub(crate) seed: Seed,
     pub(crate) stop: watch::Receiver<bool>,
     state: Mutex<StageState>,
+    /// Batches of the step, by number.
     batches: tokio::sync::Mutex<BTreeMap<u64, OpenBatch>>,
+    /// Batches of earlier steps that no step has asked for since.
+    carried: tokio::sync::Mutex<Vec<Carried>>,
+}
+
+/// What a step leaves behind.
+#[derive(Debug)]
+pub(crate) struct EndedStep {
+    pub(crate) scalars: BTreeMap<String, f64>,
+    pub(crate) notes: Vec<String>,
+    /// What it and those before it have carried over.
+    pub(crate) carried: Vec<CarriedBatch>,
+    /// Whether it would do the same again. One that went by which rollouts came first would not, and then later steps
+    /// would find rollouts under their ids that other weights drew: it is committed at once.
+    pub(crate) repeats: bool,
 }
 
 /// What changes while a stage runs.
@@ -73,6 +88,8 @@ pub(crate) struct StageState {
     transitions: BTreeMap<TransitionId, Held>,
     /// Transitions of the step that were made to choose or to estimate.
     estimates: BTreeSet<TransitionId>,
+    /// Whether what the step does depends on which rollouts end first.
+    depends_on_arrival: bool,
 }
 
 impl StageState {
@@ -96,13 +113,6 @@ struct Held {
     sequence: String,
 }
 
-struct OpenBatch {
-    batch: Batch,
-    size: u64,
-    groups: Vec<u64>,
-    excluded: BTreeMap<&'static str, (u64, String)>,
-}
-
 impl StageHost {
     #[expect(clippy::too_many_arguments, reason = "the pieces of a stage, each used as it is")]
     pub(crate) fn new(
@@ -116,24 +126,52 @@ impl StageHost {
         seed: Seed,
         stop: watch::Receiver<bool>,
         state: StageState,
+        carried: Vec<CarriedBatch>,
     ) -> Self {
         let (state, batches) = (Mutex::new(state), tokio::sync::Mutex::default());
-        Self { runner, engine, dataset, stage, rollout, experiment, resources_version, seed, stop, state, batches }
+        let carried = tokio::sync::Mutex::new(carried.into_iter().map(Carried::Recorded).collect());
+        Self {
+            runner,
+            engine,
+            dataset,
+            stage,
+            rollout,
+            experiment,
+            resources_version,
+            seed,
+            stop,
+            state,
+            batches,
+            carried,
+        }
     }
 
     pub(crate) fn state(&self) -> MutexGuard<'_, StageState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends a step: hands out its scalars and notes and forgets its transitions.
-    pub(crate) fn end_step(&self) -> (BTreeMap<String, f64>, Vec<String>) {
+    /// Ends a step: hands out what it leaves behind and forgets its transitions. What it has neither been given nor carried
+    /// over is given up.
+    pub(crate) async fn end_step(&self) -> EndedStep {
+        let batches = std::mem::take(&mut *self.batches.lock().await);
+        let left = batches.into_values().filter_map(OpenBatch::into_carried);
+        let carried = {
+            let mut carried = self.carried.lock().await;
+            carried.extend(left.map(|open| Carried::Running(Box::new(open))));
+            carried.iter().map(Carried::record).collect()
+        };
         let mut state = self.state();
         state.step += 1;
         state.enqueued = 0;
         state.imported = 0;
         state.transitions.clear();
         state.estimates.clear();
-        (std::mem::take(&mut state.scalars), std::mem::take(&mut state.notes))
+        EndedStep {
+            scalars: std::mem::take(&mut state.scalars),
+            notes: std::mem::take(&mut state.notes),
+            carried,
+            repeats: !std::mem::take(&mut state.depends_on_arrival),
+        }
     }
 
     fn check_stop(&self) -> Result<(), AlgorithmHostError> {
@@ -148,178 +186,6 @@ impl StageHost {
             }
             ModelReference::Named(name) => Err(AlgorithmHostError::Unsupported(format!("named model `{name}`"))),
         }
-    }
-
-    fn items(&self, split: Split, count: u32) -> Result<Vec<Item>, AlgorithmHostError> {
-        self.check_stop()?;
-        if split == Split::Test {
-            return Err(AlgorithmHostError::Denied("the test split is drawn by the host only".to_owned()));
-        }
-        if count > ITEMS_MAX {
-            return Err(AlgorithmHostError::InvalidArgument(format!("count {count} is above {ITEMS_MAX}")));
-        }
-        let items = self.dataset.split(split);
-        if items.is_empty() {
-            let id = format!("{}.{}", self.stage.dataset, split.as_str());
-            return Err(AlgorithmHostError::Unknown { kind: "split", id });
-        }
-        let reads_reference = self.stage.grants.contains(&AlgorithmGrant::ReadReference);
-        let seed = self.seed.child("order").child(&self.stage.dataset).child(split.as_str());
-        let mut state = self.state();
-        let cursor = state.cursors.entry(split.as_str().to_owned()).or_default();
-        let drawn = cursor.draw(items.len(), count as usize, seed);
-        let view = |(place, epoch): (usize, u64)| {
-            items.get(place).map(|item| Item {
-                id: item.id.clone(),
-                input: item.texts().input.as_ref().to_owned(),
-                reference: reads_reference.then(|| item.texts().reference.as_ref().to_owned()),
-                epoch,
-            })
-        };
-        Ok(drawn.into_iter().filter_map(view).collect())
-    }
-
-    fn jobs(&self, groups: &[GroupSpec]) -> Result<(Vec<Job>, Vec<u64>), AlgorithmHostError> {
-        self.check_stop()?;
-        let mut state = self.state();
-        let (mut jobs, mut places) = (vec![], vec![]);
-        for (group, spec) in groups.iter().enumerate() {
-            let split = match spec.mode {
-                RolloutMode::Train => Split::Train,
-                RolloutMode::Val => Split::Val,
-                RolloutMode::Test => return Err(AlgorithmHostError::Denied("mode `test` is the host's".to_owned())),
-            };
-            // An item of the test split must stay unknown to algorithms, so it is refused as if it were not there.
-            let unknown = || AlgorithmHostError::Unknown { kind: "item", id: spec.item_id.clone() };
-            let fork = spec.fork_of.as_ref().map(|fork| self.fork(fork, spec)).transpose()?;
-            let split = fork.as_ref().map_or(split, |(_, split)| *split);
-            let item = self.dataset.item(split, &spec.item_id).ok_or_else(unknown)?;
-            for _ in 0..spec.count {
-                if state.enqueued >= ROLLOUTS_PER_STEP_MAX {
-                    let problem = format!("a step may enqueue {ROLLOUTS_PER_STEP_MAX} rollouts");
-                    return Err(AlgorithmHostError::InvalidArgument(problem));
-                }
-                let index = state.enqueued;
-                state.enqueued += 1;
-                let id = RolloutId::derived(&self.stage.name, state.step, index)
-                    .map_err(|error| AlgorithmHostError::InvalidArgument(error.to_string()))?;
-                jobs.push(Job {
-                    spec: Arc::new(RolloutSpec {
-                        id,
-                        stage: self.stage.name.clone(),
-                        step: state.step,
-                        group: group as u64,
-                        dataset: self.stage.dataset.clone(),
-                        split,
-                        item_id: item.id.clone(),
-                        mode: spec.mode,
-                        seed: self.seed.child("rollout").child_index(state.step).child_index(index),
-                        sampling: merge(&self.rollout.sampling, &spec.sampling),
-                        policy_version: self.engine.version(),
-                        resources_version: self.resources_version,
-                        components: self.runner.plugins().hashes(),
-                        item: item.texts().hash,
-                        execution: self.runner.execution_hash(),
-                        fork_of: fork.as_ref().map(|(point, _)| point.clone()),
-                    }),
-                    item: Arc::clone(item),
-                });
-                places.push(group as u64);
-            }
-        }
-        Ok((jobs, places))
-    }
-
-    /// Where a group's rollouts leave their ancestor, and the split that its item is from.
-    fn fork(&self, fork: &ForkRequest, group: &GroupSpec) -> Result<(ForkPoint, Split), AlgorithmHostError> {
-        let unknown = || AlgorithmHostError::Unknown { kind: "rollout", id: fork.rollout.to_string() };
-        let ancestor = self.runner.store().rollout(&fork.rollout).map_err(runner_error)?.ok_or_else(unknown)?;
-        // Evaluations are the host's: an algorithm does not learn that they exist.
-        if ancestor.spec.mode == RolloutMode::Test {
-            return Err(unknown());
-        }
-        if ancestor.spec.item_id != group.item_id || ancestor.spec.dataset != self.stage.dataset {
-            let problem = format!("fork-of: rollout `{}` is of another item", fork.rollout);
-            return Err(AlgorithmHostError::InvalidArgument(problem));
-        }
-        // Its items are for looking at, whoever the ancestor was made for.
-        if group.mode == RolloutMode::Train && ancestor.spec.split != Split::Train {
-            let (rollout, split) = (&fork.rollout, ancestor.spec.split.as_str());
-            let problem = format!("rollout `{rollout}` is of the split `{split}`, which is not trained on");
-            return Err(AlgorithmHostError::Denied(problem));
-        }
-        let point = fork_point(&**self.runner.store(), &fork.rollout, None, fork.event)
-            .map_err(|problem| AlgorithmHostError::InvalidArgument(format!("fork-of: {problem}")))?;
-        Ok((point, ancestor.spec.split))
-    }
-
-    /// Turns finished rollouts into what a plugin sees and keeps their transitions for training.
-    fn view(&self, open: &mut OpenBatch, ended: Vec<(usize, RolloutResult)>) -> Vec<TrajectoryView> {
-        let mut rewards: Vec<Vec<Reward>> = ended
-            .iter()
-            .map(|(_, result)| fulgurite_adapter::accepted(&result.attempt.rewards, &self.rollout.reward_accept))
-            .collect();
-        if self.experiment.shuffle_rewards {
-            self.shuffle(&ended, &mut rewards);
-        }
-        let mut state = self.state();
-        let mut views = vec![];
-        for ((place, result), rewards) in ended.into_iter().zip(rewards) {
-            state.totals.rollouts += 1;
-            let graded = result.is_graded();
-            if !graded {
-                state.totals.failed += 1;
-                let counted = open.excluded.entry(result.outcome.kind.as_str()).or_default();
-                *counted = (counted.0 + 1, result.outcome.detail.clone());
-            }
-            let transitions = Trajectory::new(&result.spans, &rewards, &result.spec.sampling).transitions;
-            let sequence = result.spec.id.to_string();
-            let mut seen = vec![];
-            for transition in transitions {
-                let transition = Arc::new(transition);
-                seen.push(transition_view(&transition));
-                // What is run to choose or to estimate is never trained on.
-                if result.spec.mode != RolloutMode::Train {
-                    state.estimates.insert(transition.id.clone());
-                } else if graded {
-                    let held = Held { transition: Arc::clone(&transition), sequence: sequence.clone() };
-                    state.transitions.insert(transition.id.clone(), held);
-                }
-            }
-            views.push(TrajectoryView {
-                rollout: result.spec.id.clone(),
-                group: open.groups.get(place).copied().unwrap_or_default(),
-                item_id: result.spec.item_id.clone(),
-                outcome: result.outcome.kind,
-                graded,
-                rewards,
-                transitions: seen,
-            });
-        }
-        views
-    }
-
-    fn shuffle(&self, ended: &[(usize, RolloutResult)], rewards: &mut [Vec<Reward>]) {
-        let graded: Vec<usize> =
-            ended.iter().enumerate().filter(|(_, (_, result))| result.is_graded()).map(|(place, _)| place).collect();
-        let mut order = graded.clone();
-        Generator::new(self.seed.child("shuffle-rewards").child_index(self.state().step)).shuffle(&mut order);
-        let original = rewards.to_vec();
-        for (to, from) in graded.into_iter().zip(order) {
-            if let (Some(target), Some(source)) = (rewards.get_mut(to), original.get(from)) {
-                target.clone_from(source);
-            }
-        }
-    }
-
-    fn check_faults(&self, open: &OpenBatch) -> Result<(), AlgorithmHostError> {
-        let excluded: u64 = open.excluded.values().map(|(count, _)| count).sum();
-        if excluded as f64 <= self.rollout.fault_share_max * open.size as f64 {
-            return Ok(());
-        }
-        let most = open.excluded.iter().max_by_key(|(_, (count, _))| *count);
-        let most_frequent = most.map_or_else(String::new, |(kind, (_, detail))| format!("{kind}: {detail}"));
-        Err(AlgorithmHostError::TooManyFaults { excluded, total: open.size, most_frequent })
     }
 
     /// Joins the entries of a batch by sequence and makes training rows of them.
@@ -362,12 +228,6 @@ impl StageHost {
     }
 }
 
-/// What a plugin asks for, with what the run's config says where the plugin leaves the default.
-fn merge(config: &Sampling, asked: &Sampling) -> Sampling {
-    let max_tokens = if asked.max_tokens == 0 { config.max_tokens } else { asked.max_tokens };
-    Sampling { max_tokens, ..asked.clone() }
-}
-
 fn transition_view(transition: &Transition) -> TransitionView {
     let count = |tokens: usize| u32::try_from(tokens).unwrap_or(u32::MAX);
     TransitionView {
@@ -408,63 +268,26 @@ impl AlgorithmHost for StageHost {
     }
 
     fn enqueue(&self, groups: Vec<GroupSpec>) -> Verb<'_, u64> {
-        Box::pin(async move {
-            let (jobs, places) = self.jobs(&groups)?;
-            let size = jobs.len() as u64;
-            let batch = self.runner.submit(jobs, self.engine.backend()).await.map_err(runner_error)?;
-            let number = {
-                let mut state = self.state();
-                state.batches += 1;
-                state.batches
-            };
-            let open = OpenBatch { batch, size, groups: places, excluded: BTreeMap::new() };
-            self.batches.lock().await.insert(number, open);
-            Ok(number)
-        })
+        Box::pin(self.enqueue_groups(groups))
     }
 
     fn await_batch(&self, batch: u64, wait: WaitFor, deadline_ms: Option<u64>) -> Verb<'_, Vec<TrajectoryView>> {
-        Box::pin(async move {
-            let unknown = || AlgorithmHostError::Unknown { kind: "batch", id: batch.to_string() };
-            let mut batches = self.batches.lock().await;
-            let open = batches.get_mut(&batch).ok_or_else(unknown)?;
-            let wanted = match wait {
-                WaitFor::All => open.batch.outstanding(),
-                WaitFor::Count(count) => (count as usize).min(open.batch.outstanding()),
-            };
-            let mut stop = self.stop.clone();
-            let until = deadline_ms.map(|ms| tokio::time::Instant::now() + std::time::Duration::from_millis(ms));
-            let mut ended = vec![];
-            while ended.len() < wanted {
-                let passed = async {
-                    match until {
-                        Some(until) => tokio::time::sleep_until(until).await,
-                        None => std::future::pending().await,
-                    }
-                };
-                tokio::select! {
-                    next = open.batch.next() => match next {
-                        Some(next) => ended.push(next.map_err(runner_error)?),
-                        None => break,
-                    },
-                    _ = stop.wait_for(|stop| *stop) => return Err(AlgorithmHostError::Stopping),
-                    () = passed => break,
-                }
-            }
-            ended.sort_by_key(|(place, _)| *place);
-            let views = self.view(open, ended);
-            self.check_faults(open)?;
-            if open.batch.outstanding() == 0 {
-                batches.remove(&batch);
-            }
-            Ok(views)
-        })
+        Box::pin(self.await_rollouts(batch, wait, deadline_ms))
+    }
+
+    fn carry(&self, batch: u64, groups: Vec<u64>) -> Verb<'_, ()> {
+        Box::pin(self.carry_groups(batch, groups))
+    }
+
+    fn carried(&self) -> Verb<'_, Vec<u64>> {
+        Box::pin(self.carried_batches())
     }
 
     fn cancel_batch(&self, batch: u64) -> Verb<'_, ()> {
         Box::pin(async move {
             if let Some(open) = self.batches.lock().await.get(&batch) {
-                open.batch.cancel();
+                self.state().depends_on_arrival |= open.outstanding() > 0;
+                open.cancel();
             }
             Ok(())
         })

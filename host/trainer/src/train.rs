@@ -15,7 +15,7 @@ use crate::checkpoint::{Checkpoint, Checkpoints, Progress, Totals};
 use crate::config::{RunConfig, StageConfig};
 use crate::error::TrainError;
 use crate::evaluate::Evaluation;
-use crate::host::{StageHost, StageState};
+use crate::host::{EndedStep, StageHost, StageState};
 use crate::metrics::{self, MetricRow, MetricWriter};
 use crate::plot;
 use crate::progress::{ProgressEvent, ProgressSink};
@@ -154,6 +154,7 @@ impl Training {
         self.state.step = 0;
         self.state.cursors.clear();
         self.state.snapshots = 0;
+        self.state.carried.clear();
         self.state.totals = Totals::default();
         self.checkpoint(None).await
     }
@@ -209,6 +210,7 @@ impl Training {
             self.setup.seed.child("stage").child(&stage.name),
             self.stop.clone(),
             state,
+            self.state.carried.clone(),
         ));
         let steps = stage.config.get("steps").and_then(toml::Value::as_integer).and_then(|n| u64::try_from(n).ok());
         self.progress.event(ProgressEvent::StageStarted {
@@ -263,7 +265,8 @@ impl Training {
                 return Err(TrainError::Stopped);
             }
             let result = result.map_err(failed(self.state.step))?;
-            let (mut scalars, notes) = host.end_step();
+            let EndedStep { mut scalars, notes, carried, repeats } = host.end_step().await;
+            self.state.carried = carried;
             let step = self.state.step;
             {
                 let state = host.state();
@@ -285,9 +288,8 @@ impl Training {
                 scalars: row.scalars,
                 seconds,
             });
-            if result == StepResult::Continue
-                && self.state.step.is_multiple_of(self.setup.config.checkpoint.every_steps)
-            {
+            let is_due = !repeats || self.state.step.is_multiple_of(self.setup.config.checkpoint.every_steps);
+            if result == StepResult::Continue && is_due {
                 let saved = instance.save().await.map_err(failed(self.state.step))?;
                 self.state.totals.seconds += started.elapsed().as_secs_f64();
                 self.checkpoint(Some(&saved)).await?;

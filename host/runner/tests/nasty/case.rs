@@ -40,6 +40,8 @@ pub(crate) enum Model {
     Letters(usize),
     /// A short answer and so many token ids.
     Tokens(usize),
+    /// No answer, ever.
+    Silent,
 }
 
 /// What must come of a case.
@@ -116,6 +118,11 @@ impl Case {
     /// A world that is no behaviour.
     pub(crate) fn with_world(self, world: Value) -> Self {
         Self { world, ..self }
+    }
+
+    /// Whether its guests' instructions are counted: an engine has to be made for that.
+    pub(crate) fn counts_fuel(&self) -> bool {
+        self.limits.fuel_max > 0
     }
 
     pub(crate) fn refusal(&self, error: &PluginError) -> Result<(), String> {

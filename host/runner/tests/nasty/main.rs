@@ -18,6 +18,7 @@ mod agents;
 mod bench;
 mod case;
 mod components;
+mod limited;
 mod measure;
 mod plugins;
 mod text;
@@ -28,6 +29,7 @@ use std::time::Instant;
 use bench::{Bench, full};
 use case::{Case, Expected};
 use measure::Held;
+use tokio::runtime::Runtime;
 
 /// Rounds of one case. The first one warms up what is kept on purpose: the pool's slots, the allocator's free lists.
 const ROUNDS: usize = 3;
@@ -50,6 +52,7 @@ fn cases() -> Vec<Case> {
     let mut cases = agents::cases();
     cases.extend(plugins::cases());
     cases.extend(components::cases());
+    cases.extend(limited::cases());
     cases
 }
 
@@ -62,12 +65,26 @@ fn cases_have_names_of_their_own() {
 #[test]
 fn nasty_guests_end_as_they_should_and_leave_nothing_behind() {
     let only = std::env::var("FULGURITE_NASTY_CASE").unwrap_or_default();
+    let (counted, plain): (Vec<Case>, Vec<Case>) =
+        cases().into_iter().filter(|case| case.name.contains(&only)).partition(Case::counts_fuel);
+    assert!(!(counted.is_empty() && plain.is_empty()), "no case is called {only:?}");
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-    let bench = Bench::new();
+    let mut failures = vec![];
+    // One engine after the other: what the pool of the first keeps is given back before the second takes any.
+    for (fuel, cases) in [(false, plain), (true, counted)] {
+        if !cases.is_empty() {
+            failures.extend(failures_of(&cases, &Bench::new(fuel), &runtime));
+        }
+    }
+    assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
+}
+
+/// Runs cases in one engine and tells what is wrong.
+fn failures_of(cases: &[Case], bench: &Bench, runtime: &Runtime) -> Vec<String> {
     let mut failures = vec![];
     let start = Instant::now();
     let (mut at_first, mut at_last) = (None, None);
-    for case in cases().iter().filter(|case| case.name.contains(&only)) {
+    for case in cases {
         let plugins = match &case.expected {
             Expected::Refused { .. } => None,
             Expected::Ends { .. } => match bench.load(case) {
@@ -97,9 +114,8 @@ fn nasty_guests_end_as_they_should_and_leave_nothing_behind() {
         // Compiled components come and go with the cases: their descriptors and their heap were looked at case by case.
         let last = Held { descriptors: first.descriptors, heap_bytes: first.heap_bytes, ..last };
         if let Err(left) = first.leaves(&last, HEAP_BYTES_MAX, RESIDENT_BYTES_MAX_OVERALL) {
-            failures.push(format!("all cases: {left}"));
+            failures.push(format!("all cases of an engine: {left}"));
         }
     }
-    assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
-    assert!(at_last.is_some(), "no case is called {only:?}");
+    failures
 }

@@ -127,7 +127,7 @@ impl Group {
     }
 }
 
-/// Enqueued groups.
+/// Enqueued groups. A batch ends with its step: what has been neither returned nor carried over by then is given up.
 #[derive(Debug)]
 pub struct Batch(wit::Batch);
 
@@ -141,13 +141,25 @@ impl Batch {
         Ok(ended.into_iter().map(Trajectory::new).collect())
     }
 
-    /// Waits until `count` more have ended; returns all that ended and were not returned before.
+    /// Waits until `count` more have ended; returns all that have ended and were not returned before, ordered as they were
+    /// enqueued. With 0 it waits for nothing. Which ones these are depends on the machine: what the rest of the step
+    /// enqueues must not follow from it.
     ///
     /// # Errors
     /// As [`Self::await_all`].
     pub fn await_count(&self, count: u32, deadline: Option<Duration>) -> Result<Vec<Trajectory>, HostError> {
         let ended = self.0.await_count(count, deadline.map(milliseconds))?;
         Ok(ended.into_iter().map(Trajectory::new).collect())
+    }
+
+    /// Carries groups over to a later step, by the places that [`Trajectory::group`] tells: whole, with those of their
+    /// rollouts that have been returned already. They go on meanwhile; [`carried`] gives them back.
+    ///
+    /// # Errors
+    /// When the batch has no such group.
+    pub fn carry(&self, groups: &[usize]) -> Result<(), HostError> {
+        let groups: Vec<u64> = groups.iter().map(|group| *group as u64).collect();
+        Ok(self.0.carry(&groups)?)
     }
 
     /// Cancels what has not ended.
@@ -167,6 +179,15 @@ pub fn enqueue(groups: &[Group]) -> Result<Batch, HostError> {
     let groups: Vec<_> = groups.iter().map(Group::lower).collect();
     let borrowed: Vec<&wit::Group> = groups.iter().collect();
     Ok(Batch(wit::enqueue(&borrowed)?))
+}
+
+/// What earlier steps carried over and no step has asked for since: for every batch that had such groups one of them alone,
+/// oldest first. Groups keep their places. After a crash too: what had ended is as it was, what had not is run again.
+///
+/// # Errors
+/// When the store, the dataset or a component is not what it was.
+pub fn carried() -> Result<Vec<Batch>, HostError> {
+    Ok(wit::carried()?.into_iter().map(Batch).collect())
 }
 
 fn milliseconds(duration: Duration) -> u64 {

@@ -23,6 +23,8 @@ pub enum Step {
     Chat,
     /// Asks in the name of another agent, with tools, at this temperature; above 1e30 it is no number.
     ChatWith(f32),
+    /// Asks a model endpoint and waits for the answer.
+    Ask(String),
     /// Asks.
     Start,
     /// Waits for the answer.
@@ -148,6 +150,11 @@ impl Machine {
                 let temperature = if *temperature > 1e30 { f32::NAN } else { *temperature };
                 let llm = Llm::new().tools(tools).temperature(temperature).agent_role("planner").max_tokens(1 << 20);
                 let answer = llm.chat(&self.conversation);
+                self.answered(answer);
+            }
+            Step::Ask(endpoint) => {
+                self.ask();
+                let answer = Llm::new().endpoint(endpoint).chat(&self.conversation);
                 self.answered(answer);
             }
             Step::Start => {

@@ -1,6 +1,8 @@
 //! An algorithm that goes through every verb, and misbehaves on request.
 #![allow(clippy::panic, reason = "misbehaviour is the purpose")]
 
+mod forks;
+
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::hint::black_box;
@@ -16,7 +18,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// `verbs`, `loop`, `trap`, `wait`, `draw`, `huge-state` or nothing.
+    /// `verbs`, `forks`, `loop`, `trap`, `wait`, `draw`, `huge-state` or nothing.
     pub behaviour: String,
     /// After how many steps it is done.
     pub steps: u64,
@@ -54,6 +56,7 @@ impl Algorithm for Nasty {
     fn step(&mut self) -> Result<Progress, AlgorithmError> {
         match self.config.behaviour.as_str() {
             "verbs" => verbs()?,
+            "forks" => forks::step()?,
             "loop" => loop {
                 black_box(());
             },
@@ -85,6 +88,10 @@ fn verbs() -> Result<(), AlgorithmError> {
     let batch = rollouts::enqueue(&groups)?;
     let mut finished = batch.await_count(1, None)?;
     finished.extend(batch.await_all(None)?);
+    batch.carry(&[1, 0])?;
+    for carried in rollouts::carried()? {
+        metrics::note(&format!("carried {}", carried.await_all(None)?.len()))?;
+    }
     batch.cancel()?;
     let mut entries = vec![];
     for trajectory in &finished {

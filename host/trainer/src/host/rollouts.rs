@@ -1,0 +1,348 @@
+//! Items and rollouts of a stage.
+
+use std::sync::Arc;
+
+use fulgurite_adapter::Trajectory;
+use fulgurite_core::algorithm::{AlgorithmHostError, ForkRequest, GroupSpec, Item, TrajectoryView, WaitFor};
+use fulgurite_core::dataset::Split;
+use fulgurite_core::id::RolloutId;
+use fulgurite_core::llm::Sampling;
+use fulgurite_core::record::{ForkPoint, RolloutMode, RolloutSpec};
+use fulgurite_core::reward::Reward;
+use fulgurite_core::seed::Generator;
+use fulgurite_runner::fork::fork_point;
+use fulgurite_runner::{Job, RolloutResult};
+use futures::FutureExt;
+
+use super::batch::{Carried, OpenBatch};
+use super::{Held, StageHost, runner_error, transition_view};
+use crate::config::AlgorithmGrant;
+
+/// Rollouts that one step may enqueue. 65,536: a bound against a plugin in a loop, far above any real batch.
+const ROLLOUTS_PER_STEP_MAX: u64 = 65_536;
+/// Items of one `next-items`. The same bound.
+const ITEMS_MAX: u32 = 65_536;
+/// Rollouts that may be carried over at once. The same bound: a plugin that carries everything over and never asks for it
+/// must not gather live rollouts for ever.
+const CARRIED_MAX: usize = 65_536;
+
+impl StageHost {
+    pub(super) fn items(&self, split: Split, count: u32) -> Result<Vec<Item>, AlgorithmHostError> {
+        self.check_stop()?;
+        if split == Split::Test {
+            return Err(AlgorithmHostError::Denied("the test split is drawn by the host only".to_owned()));
+        }
+        if count > ITEMS_MAX {
+            return Err(AlgorithmHostError::InvalidArgument(format!("count {count} is above {ITEMS_MAX}")));
+        }
+        let items = self.dataset.split(split);
+        if items.is_empty() {
+            let id = format!("{}.{}", self.stage.dataset, split.as_str());
+            return Err(AlgorithmHostError::Unknown { kind: "split", id });
+        }
+        let reads_reference = self.stage.grants.contains(&AlgorithmGrant::ReadReference);
+        let seed = self.seed.child("order").child(&self.stage.dataset).child(split.as_str());
+        let mut state = self.state();
+        let cursor = state.cursors.entry(split.as_str().to_owned()).or_default();
+        let drawn = cursor.draw(items.len(), count as usize, seed);
+        let view = |(place, epoch): (usize, u64)| {
+            items.get(place).map(|item| Item {
+                id: item.id.clone(),
+                input: item.texts().input.as_ref().to_owned(),
+                reference: reads_reference.then(|| item.texts().reference.as_ref().to_owned()),
+                epoch,
+            })
+        };
+        Ok(drawn.into_iter().filter_map(view).collect())
+    }
+
+    fn jobs(&self, groups: &[GroupSpec]) -> Result<(Vec<Job>, Vec<u64>), AlgorithmHostError> {
+        self.check_stop()?;
+        let mut state = self.state();
+        let (mut jobs, mut places) = (vec![], vec![]);
+        for (group, spec) in groups.iter().enumerate() {
+            let split = match spec.mode {
+                RolloutMode::Train => Split::Train,
+                RolloutMode::Val => Split::Val,
+                RolloutMode::Test => return Err(AlgorithmHostError::Denied("mode `test` is the host's".to_owned())),
+            };
+            // An item of the test split must stay unknown to algorithms, so it is refused as if it were not there.
+            let unknown = || AlgorithmHostError::Unknown { kind: "item", id: spec.item_id.clone() };
+            let fork = spec.fork_of.as_ref().map(|fork| self.fork(fork, spec)).transpose()?;
+            let split = fork.as_ref().map_or(split, |(_, split)| *split);
+            let item = self.dataset.item(split, &spec.item_id).ok_or_else(unknown)?;
+            for _ in 0..spec.count {
+                if state.enqueued >= ROLLOUTS_PER_STEP_MAX {
+                    let problem = format!("a step may enqueue {ROLLOUTS_PER_STEP_MAX} rollouts");
+                    return Err(AlgorithmHostError::InvalidArgument(problem));
+                }
+                let index = state.enqueued;
+                state.enqueued += 1;
+                let id = RolloutId::derived(&self.stage.name, state.step, index)
+                    .map_err(|error| AlgorithmHostError::InvalidArgument(error.to_string()))?;
+                jobs.push(Job {
+                    spec: Arc::new(RolloutSpec {
+                        id,
+                        stage: self.stage.name.clone(),
+                        step: state.step,
+                        group: group as u64,
+                        dataset: self.stage.dataset.clone(),
+                        split,
+                        item_id: item.id.clone(),
+                        mode: spec.mode,
+                        seed: self.seed.child("rollout").child_index(state.step).child_index(index),
+                        sampling: merge(&self.rollout.sampling, &spec.sampling),
+                        policy_version: self.engine.version(),
+                        resources_version: self.resources_version,
+                        components: self.runner.plugins().hashes(),
+                        item: item.texts().hash,
+                        execution: self.runner.execution_hash(),
+                        fork_of: fork.as_ref().map(|(point, _)| point.clone()),
+                    }),
+                    item: Arc::clone(item),
+                });
+                places.push(group as u64);
+            }
+        }
+        Ok((jobs, places))
+    }
+
+    /// Where a group's rollouts leave their ancestor, and the split that its item is from.
+    fn fork(&self, fork: &ForkRequest, group: &GroupSpec) -> Result<(ForkPoint, Split), AlgorithmHostError> {
+        let unknown = || AlgorithmHostError::Unknown { kind: "rollout", id: fork.rollout.to_string() };
+        let ancestor = self.runner.store().rollout(&fork.rollout).map_err(runner_error)?.ok_or_else(unknown)?;
+        // Evaluations are the host's: an algorithm does not learn that they exist.
+        if ancestor.spec.mode == RolloutMode::Test {
+            return Err(unknown());
+        }
+        if ancestor.spec.item_id != group.item_id || ancestor.spec.dataset != self.stage.dataset {
+            let problem = format!("fork-of: rollout `{}` is of another item", fork.rollout);
+            return Err(AlgorithmHostError::InvalidArgument(problem));
+        }
+        // Its items are for looking at, whoever the ancestor was made for.
+        if group.mode == RolloutMode::Train && ancestor.spec.split != Split::Train {
+            let (rollout, split) = (&fork.rollout, ancestor.spec.split.as_str());
+            let problem = format!("rollout `{rollout}` is of the split `{split}`, which is not trained on");
+            return Err(AlgorithmHostError::Denied(problem));
+        }
+        let point = fork_point(&**self.runner.store(), &fork.rollout, None, fork.event)
+            .map_err(|problem| AlgorithmHostError::InvalidArgument(format!("fork-of: {problem}")))?;
+        Ok((point, ancestor.spec.split))
+    }
+
+    /// Turns finished rollouts into what a plugin sees and keeps their transitions for training.
+    fn view(&self, open: &mut OpenBatch, ended: Vec<(usize, RolloutResult)>) -> Vec<TrajectoryView> {
+        let mut rewards: Vec<Vec<Reward>> = ended
+            .iter()
+            .map(|(_, result)| fulgurite_adapter::accepted(&result.attempt.rewards, &self.rollout.reward_accept))
+            .collect();
+        if self.experiment.shuffle_rewards {
+            self.shuffle(&ended, &mut rewards);
+        }
+        let mut state = self.state();
+        let mut views = vec![];
+        for ((place, result), rewards) in ended.into_iter().zip(rewards) {
+            let graded = result.is_graded();
+            if open.counts(place) {
+                state.totals.rollouts += 1;
+                if !graded {
+                    state.totals.failed += 1;
+                    let counted = open.faults.entry(result.outcome.kind).or_default();
+                    *counted = (counted.0 + 1, result.outcome.detail.clone());
+                }
+            }
+            let transitions = Trajectory::new(&result.spans, &rewards, &result.spec.sampling).transitions;
+            let sequence = result.spec.id.to_string();
+            let mut seen = vec![];
+            for transition in transitions {
+                let transition = Arc::new(transition);
+                seen.push(transition_view(&transition));
+                // What is run to choose or to estimate is never trained on.
+                if result.spec.mode != RolloutMode::Train {
+                    state.estimates.insert(transition.id.clone());
+                } else if graded {
+                    let held = Held { transition: Arc::clone(&transition), sequence: sequence.clone() };
+                    state.transitions.insert(transition.id.clone(), held);
+                }
+            }
+            views.push(TrajectoryView {
+                rollout: result.spec.id.clone(),
+                group: open.group(place),
+                item_id: result.spec.item_id.clone(),
+                outcome: result.outcome.kind,
+                graded,
+                rewards,
+                transitions: seen,
+            });
+        }
+        views
+    }
+
+    fn shuffle(&self, ended: &[(usize, RolloutResult)], rewards: &mut [Vec<Reward>]) {
+        let graded: Vec<usize> =
+            ended.iter().enumerate().filter(|(_, (_, result))| result.is_graded()).map(|(place, _)| place).collect();
+        let mut order = graded.clone();
+        Generator::new(self.seed.child("shuffle-rewards").child_index(self.state().step)).shuffle(&mut order);
+        let original = rewards.to_vec();
+        for (to, from) in graded.into_iter().zip(order) {
+            if let (Some(target), Some(source)) = (rewards.get_mut(to), original.get(from)) {
+                target.clone_from(source);
+            }
+        }
+    }
+
+    fn check_faults(&self, open: &OpenBatch) -> Result<(), AlgorithmHostError> {
+        let excluded: u64 = open.faults.values().map(|(count, _)| count).sum();
+        if excluded as f64 <= self.rollout.fault_share_max * open.size() as f64 {
+            return Ok(());
+        }
+        let most = open.faults.iter().max_by_key(|(_, (count, _))| *count);
+        let most_frequent = most.map_or_else(String::new, |(kind, (_, detail))| format!("{}: {detail}", kind.as_str()));
+        Err(AlgorithmHostError::TooManyFaults { excluded, total: open.size(), most_frequent })
+    }
+
+    /// Files a batch under the next number.
+    async fn open(&self, batch: OpenBatch) -> u64 {
+        let number = {
+            let mut state = self.state();
+            state.batches += 1;
+            state.batches
+        };
+        self.batches.lock().await.insert(number, batch);
+        number
+    }
+
+    pub(super) async fn enqueue_groups(&self, groups: Vec<GroupSpec>) -> Result<u64, AlgorithmHostError> {
+        let (jobs, places) = self.jobs(&groups)?;
+        let rollouts = jobs.iter().map(|job| job.spec.id.clone()).zip(places).collect();
+        let batch = self.runner.submit(jobs, self.engine.backend()).await.map_err(runner_error)?;
+        let step = self.state().step;
+        Ok(self.open(OpenBatch::new(step, batch, rollouts)).await)
+    }
+
+    pub(super) async fn await_rollouts(
+        &self,
+        batch: u64,
+        wait: WaitFor,
+        deadline_ms: Option<u64>,
+    ) -> Result<Vec<TrajectoryView>, AlgorithmHostError> {
+        let mut batches = self.batches.lock().await;
+        let open = batches.get_mut(&batch).ok_or_else(|| unknown_batch(batch))?;
+        let outstanding = open.outstanding();
+        let wanted = match wait {
+            WaitFor::All => outstanding,
+            WaitFor::Count(count) => (count as usize).min(outstanding),
+        };
+        let mut stop = self.stop.clone();
+        let until = deadline_ms.map(|ms| tokio::time::Instant::now() + std::time::Duration::from_millis(ms));
+        let mut ended = vec![];
+        while ended.len() < wanted {
+            let passed = async {
+                match until {
+                    Some(until) => tokio::time::sleep_until(until).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                next = open.next() => match next {
+                    Some(next) => ended.push(next.map_err(runner_error)?),
+                    None => break,
+                },
+                _ = stop.wait_for(|stop| *stop) => return Err(AlgorithmHostError::Stopping),
+                () = passed => break,
+            }
+        }
+        // Whatever else has ended by now.
+        while let Some(Some(next)) = open.next().now_or_never() {
+            ended.push(next.map_err(runner_error)?);
+        }
+        if wanted < outstanding || ended.len() < wanted {
+            self.state().depends_on_arrival = true;
+        }
+        ended.sort_by_key(|(place, _)| *place);
+        let views = self.view(open, ended);
+        self.check_faults(open)?;
+        Ok(views)
+    }
+
+    pub(super) async fn carry_groups(&self, batch: u64, groups: Vec<u64>) -> Result<(), AlgorithmHostError> {
+        let mut batches = self.batches.lock().await;
+        let earlier: usize = self.carried.lock().await.iter().map(Carried::rollouts).sum();
+        let open = batches.get_mut(&batch).ok_or_else(|| unknown_batch(batch))?;
+        let rollouts = open.carry(&groups).map_err(|group| {
+            AlgorithmHostError::InvalidArgument(format!("groups: batch `{batch}` has no group {group}"))
+        })?;
+        if earlier + batches.values().map(OpenBatch::carried).sum::<usize>() > CARRIED_MAX {
+            let problem = format!("groups: at most {CARRIED_MAX} rollouts can be carried over at once");
+            return Err(AlgorithmHostError::InvalidArgument(problem));
+        }
+        // They belong to the step that is given them as a group.
+        let is_carried = |held: &Held| RolloutId::new(held.sequence.as_str()).is_ok_and(|id| rollouts.contains(&id));
+        self.state().transitions.retain(|_, held| !is_carried(held));
+        Ok(())
+    }
+
+    /// Opens what earlier steps have carried over.
+    pub(super) async fn carried_batches(&self) -> Result<Vec<u64>, AlgorithmHostError> {
+        self.check_stop()?;
+        let mut carried = std::mem::take(&mut *self.carried.lock().await);
+        carried.sort_by_key(Carried::step);
+        // Who draws the rest of a straggler, and so what is learned from it, depends on how long it takes.
+        self.state().depends_on_arrival |= !carried.is_empty();
+        let mut numbers = vec![];
+        for batch in carried {
+            let open = match batch {
+                Carried::Running(mut open) => {
+                    open.reopen(|id| self.finished(id))?;
+                    *open
+                }
+                Carried::Recorded(record) => {
+                    let jobs = record.rollouts.iter().map(|rollout| self.job_again(&rollout.id));
+                    let jobs = jobs.collect::<Result<Vec<Job>, _>>()?;
+                    let groups = jobs.iter().map(|job| job.spec.group).collect();
+                    let running = self.runner.submit(jobs, self.engine.backend()).await.map_err(runner_error)?;
+                    OpenBatch::resumed(record, running, groups)
+                }
+            };
+            numbers.push(self.open(open).await);
+        }
+        Ok(numbers)
+    }
+
+    /// A rollout that has ended, from the store.
+    fn finished(&self, id: &RolloutId) -> Result<RolloutResult, AlgorithmHostError> {
+        let found = self.runner.finished(id).map_err(runner_error)?;
+        found
+            .ok_or_else(|| AlgorithmHostError::Failed(format!("rollout `{id}` has ended, and the store does not know")))
+    }
+
+    /// A rollout of an earlier process, as it was enqueued.
+    fn job_again(&self, id: &RolloutId) -> Result<Job, AlgorithmHostError> {
+        let unknown = || AlgorithmHostError::Unknown { kind: "carried rollout", id: id.to_string() };
+        let spec = self.runner.store().rollout(id).map_err(runner_error)?.ok_or_else(unknown)?.spec;
+        let changed = |what: &str| {
+            let problem =
+                format!("{what} is not what rollout `{id}` was begun with; put it back, or start another run");
+            AlgorithmHostError::Failed(problem)
+        };
+        if spec.components != self.runner.plugins().hashes() {
+            return Err(changed("a component"));
+        }
+        if spec.execution != self.runner.execution_hash() {
+            return Err(changed("a setting of the run"));
+        }
+        let item = self.dataset.item(spec.split, &spec.item_id).filter(|item| item.texts().hash == spec.item);
+        let item = item.ok_or_else(|| changed(&format!("item `{}`", spec.item_id)))?;
+        Ok(Job { spec, item: Arc::clone(item) })
+    }
+}
+
+fn unknown_batch(batch: u64) -> AlgorithmHostError {
+    AlgorithmHostError::Unknown { kind: "batch of this step", id: batch.to_string() }
+}
+
+/// What a plugin asks for, with what the run's config says where the plugin leaves the default.
+fn merge(config: &Sampling, asked: &Sampling) -> Sampling {
+    let max_tokens = if asked.max_tokens == 0 { config.max_tokens } else { asked.max_tokens };
+    Sampling { max_tokens, ..asked.clone() }
+}
