@@ -6,6 +6,7 @@
 //! step of a training run cheap and safe.
 
 mod attempt;
+mod batch;
 mod commit;
 pub mod control;
 pub mod fork;
@@ -18,7 +19,8 @@ mod settings;
 mod templates;
 mod watchdog;
 
+pub use batch::Batch;
 pub use grants::{Endpoints, RunnerGrants};
-pub use run::{Batch, Runner};
+pub use run::Runner;
 pub use settings::{Job, Plugins, Recording, RetryPolicy, RolloutResult, RunnerError, RunnerSettings};
 pub use templates::JinjaRenderer;

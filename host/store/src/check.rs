@@ -52,7 +52,7 @@ pub(crate) fn run(database: &impl KeyValue, progress: Progress<'_>) -> Result<Ch
                     record.next += 1;
                     if record.next == record.fragments {
                         let first = record.key.clone();
-                        check.record(&first, record.payload());
+                        check.record(&first, record.payload().map(Cow::Owned));
                     } else {
                         pending = Some(record);
                     }
@@ -149,10 +149,10 @@ impl<D: KeyValue> Check<'_, D> {
     }
 
     /// One whole record, or why it cannot be put together.
-    fn record(&mut self, key: &[u8], payload: Result<impl AsRef<[u8]>>) {
-        let payload = match &payload {
-            Ok(payload) => payload.as_ref(),
-            Err(error) => return self.find_error(key, error),
+    fn record(&mut self, key: &[u8], payload: Result<Cow<'_, [u8]>>) {
+        let payload = &*match payload {
+            Ok(payload) => payload,
+            Err(error) => return self.find_error(key, &error),
         };
         match Kind::of(key) {
             Some(Kind::Blob) => self.blob(key, payload),

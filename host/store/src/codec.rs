@@ -197,22 +197,28 @@ pub(crate) struct Head<'a> {
 
 /// Takes a record's first value apart.
 pub(crate) fn parse<'a>(key: &[u8], value: &'a [u8]) -> Result<Head<'a>> {
-    let (fragments, raw_bytes, bytes) = match value {
-        [FORMAT_WHOLE, bytes @ ..] => (None, None, bytes),
-        [FORMAT_COMPRESSED, a, b, c, d, bytes @ ..] => (None, Some([*a, *b, *c, *d]), bytes),
-        [FORMAT_FRAGMENTED, a, b, c, d, bytes @ ..] => (Some([*a, *b, *c, *d]), None, bytes),
-        [FORMAT_COMPRESSED_FRAGMENTED, a, b, c, d, e, f, g, h, bytes @ ..] => {
-            (Some([*a, *b, *c, *d]), Some([*e, *f, *g, *h]), bytes)
-        }
-        [format, ..] => return Err(corrupt(key, format!("unknown format {format}"))),
-        [] => return Err(corrupt(key, "it is empty")),
+    let Some((format, rest)) = value.split_first() else { return Err(corrupt(key, "it is empty")) };
+    let (is_fragmented, is_compressed) = match *format {
+        FORMAT_WHOLE => (false, false),
+        FORMAT_FRAGMENTED => (true, false),
+        FORMAT_COMPRESSED => (false, true),
+        FORMAT_COMPRESSED_FRAGMENTED => (true, true),
+        format => return Err(corrupt(key, format!("unknown format {format}"))),
     };
-    let raw_bytes = raw_bytes.map(u32::from_le_bytes);
-    match fragments.map(u32::from_be_bytes) {
-        None => Ok(Head { bytes, fragments: 1, raw_bytes }),
-        Some(fragments @ 2..FRAGMENTS_MAX) => Ok(Head { bytes, fragments, raw_bytes }),
-        Some(count) => Err(corrupt(key, format!("it cannot have {count} fragments"))),
+    let mut bytes = rest;
+    let mut number = |is_there: bool| {
+        let Some((number, rest)) = bytes.split_first_chunk::<4>().filter(|_| is_there) else {
+            return if is_there { Err(corrupt(key, "it ends in its header")) } else { Ok(None) };
+        };
+        bytes = rest;
+        Ok(Some(*number))
+    };
+    let fragments = number(is_fragmented)?.map_or(1, u32::from_be_bytes);
+    let raw_bytes = number(is_compressed)?.map(u32::from_le_bytes);
+    if is_fragmented && !(2..FRAGMENTS_MAX).contains(&fragments) {
+        return Err(corrupt(key, format!("it cannot have {fragments} fragments")));
     }
+    Ok(Head { bytes, fragments, raw_bytes })
 }
 
 /// Reads the payload of one record: all fragments of it, decompressed, without format bytes.

@@ -57,10 +57,12 @@ fn value_files() -> Vec<(String, Vec<u8>)> {
     files.into_iter().map(|(name, record)| (name.to_owned(), pack(record))).collect()
 }
 
+/// Whether bytes are read as what they are a sample of.
+type Read = fn(&[u8]) -> Result<(), StoreError>;
+
 #[test]
 fn samples_are_what_the_corpus_holds() {
     let write = std::env::var_os("FULGURITE_FUZZ_WRITE_CORPUS").is_some();
-    type Read = fn(&[u8]) -> Result<(), StoreError>;
     let targets: [(&str, _, Read); 3] = [
         ("span_decoding", span_files(), |bytes| decode_spans(bytes).map(drop)),
         ("record_decoding", record_files(), |bytes| decode_rollout(bytes).map(drop)),
