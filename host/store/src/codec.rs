@@ -80,7 +80,7 @@ impl<'a> Packed<'a> {
 }
 
 /// Compresses an encoded record where that makes it smaller.
-pub(crate) fn pack(payload: Vec<u8>) -> Packed<'static> {
+pub(crate) fn pack(payload: Cow<'_, [u8]>) -> Packed<'_> {
     if payload.len() >= COMPRESSED_BYTES_MIN
         && let Ok(raw_bytes) = u32::try_from(payload.len())
     {
@@ -89,7 +89,7 @@ pub(crate) fn pack(payload: Vec<u8>) -> Packed<'static> {
             return Packed { bytes: Cow::Owned(compressed), raw_bytes: Some(raw_bytes) };
         }
     }
-    Packed { bytes: Cow::Owned(payload), raw_bytes: None }
+    Packed { bytes: payload, raw_bytes: None }
 }
 
 /// The other way round.
@@ -123,7 +123,7 @@ pub(crate) fn encode_blocks(spans: &[Span]) -> Result<Vec<SpanBlock>> {
         let mut payload = encode(&count)?;
         payload.append(elements);
         let span_bytes = payload.len() as u64;
-        Ok(SpanBlock { first_sequence, packed: pack(payload), span_bytes })
+        Ok(SpanBlock { first_sequence, packed: pack(payload.into()), span_bytes })
     };
     let mut blocks = Vec::new();
     let mut elements = Vec::new();
@@ -334,7 +334,7 @@ mod tests {
 
     fn stored(key: &[u8], payload: &[u8]) -> MemoryKeyValue {
         let (database, mut batch) = (MemoryKeyValue::default(), Batch::new());
-        put_packed(&mut batch, key.to_vec(), &pack(payload.to_vec())).unwrap();
+        put_packed(&mut batch, key.to_vec(), &pack(payload.into())).unwrap();
         assert!(batch.iter().all(|(_, value)| value.as_ref().unwrap().len() <= VALUE_BYTES_MAX));
         database.apply(batch).unwrap();
         database
@@ -357,16 +357,16 @@ mod tests {
 
     #[test]
     fn repetition_takes_less_and_noise_no_more() {
-        let repeated = pack(b"the same again, ".repeat(100));
+        let repeated = pack(b"the same again, ".repeat(100).into());
         assert!(repeated.raw_bytes == Some(1_600) && repeated.bytes.len() < 100);
         let noise: Vec<u8> =
             ContentHash::of(b"").as_bytes().iter().flat_map(|byte| *ContentHash::of(&[*byte]).as_bytes()).collect();
-        assert_eq!(pack(noise.clone()), Packed { bytes: noise.into(), raw_bytes: None });
+        assert_eq!(pack(noise.as_slice().into()), Packed { bytes: noise.as_slice().into(), raw_bytes: None });
     }
 
     #[test]
     fn a_length_that_cannot_be_is_damage_and_takes_no_memory() {
-        let packed = pack(b"the same again, ".repeat(100));
+        let packed = pack(b"the same again, ".repeat(100).into());
         for raw_bytes in [0, 1_599, 1_601, 20_000, u32::MAX] {
             let lie = Packed { raw_bytes: Some(raw_bytes), ..packed.clone() };
             let value = whole_value(&lie);

@@ -13,8 +13,8 @@ const NO_KEY: &[u8] = b"";
 /// A record's bytes as a value of the database: with its format byte, compressed where that makes it smaller. Values of more
 /// than [`VALUE_BYTES_MAX`](crate::VALUE_BYTES_MAX) are not cut here.
 #[must_use]
-pub fn pack(record: Vec<u8>) -> Vec<u8> {
-    codec::whole_value(&codec::pack(record))
+pub fn pack(record: &[u8]) -> Vec<u8> {
+    codec::whole_value(&codec::pack(record.into()))
 }
 
 /// A record's bytes from a value that holds all of it.

@@ -365,7 +365,7 @@ impl<'a, D: KeyValue> Stage<'a, D> {
                 counters.span_bytes += block.span_bytes;
             }
         }
-        let packed = codec::pack(codec::encode(&(&entry.rollout, &entry.attempts))?);
+        let packed = codec::pack(codec::encode(&(&entry.rollout, &entry.attempts))?.into());
         codec::put_packed(&mut batch, keys::rollout_key(entry.rollout.ordinal), &packed)?;
         if entry.stored_state.is_none() {
             let key = keys::index_key(&entry.rollout.spec.id);

@@ -106,7 +106,7 @@ pub fn value_unpacking(bytes: &[u8]) -> Verdict {
     assert!(peak <= allowed, "{peak} bytes for a value of {}", bytes.len());
     match unpacked {
         Ok(record) => {
-            assert_eq!(unpack(&pack(record.clone())).expect("packed a moment ago"), record);
+            assert_eq!(unpack(&pack(&record)).expect("packed a moment ago"), record);
             "ok".to_owned()
         }
         Err(StoreError::Corrupt { detail, .. }) => class(&detail),

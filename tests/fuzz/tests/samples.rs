@@ -54,7 +54,7 @@ fn record_files() -> Vec<(String, Vec<u8>)> {
 fn value_files() -> Vec<(String, Vec<u8>)> {
     let compressed = encode_spans(&spans(&key(&rollout_id(0), 1), 0, 4)).unwrap();
     let files = [("compressed", compressed), ("plain", b"plain".to_vec()), ("empty", vec![])];
-    files.into_iter().map(|(name, record)| (name.to_owned(), pack(record))).collect()
+    files.into_iter().map(|(name, record)| (name.to_owned(), pack(&record))).collect()
 }
 
 /// Whether bytes are read as what they are a sample of.

@@ -146,7 +146,7 @@ impl Importer {
                 }
                 self.counters.blobs += 1;
                 self.counters.blob_bytes += content.len() as u64;
-                codec::put_packed(&mut batch, key, &codec::pack(content))?;
+                codec::put_packed(&mut batch, key, &codec::pack(content.into()))?;
             }
             Line::Rollout { record, attempts, .. } => self.rollout(record, attempts, writer, &mut batch)?,
             Line::Span { record, .. } => self.span(record, writer)?,
@@ -228,7 +228,7 @@ impl Importer {
         self.counters.next_ordinal = rollout.ordinal + 1;
         self.report.rollouts += 1;
         codec::put(batch, index, &codec::encode(&rollout.ordinal)?)?;
-        codec::put_packed(batch, key, &codec::pack(codec::encode(&(&rollout, &attempts))?))?;
+        codec::put_packed(batch, key, &codec::pack(codec::encode(&(&rollout, &attempts))?.into()))?;
         self.open = Some(Open { rollout, attempts, attempt: 0, read: 0, waiting: vec![] });
         Ok(())
     }

@@ -32,7 +32,7 @@ impl<D: KeyValue> Ledger<D> {
         for (hash, bytes) in hashes.iter().zip(blobs) {
             let key = keys::blob_key(hash);
             if staged.insert(*hash) && self.database.get(&key)?.is_none() {
-                codec::put_packed(&mut stage.batch, key, &codec::pack(bytes.clone()))?;
+                codec::put_packed(&mut stage.batch, key, &codec::pack(bytes.into()))?;
                 stage.counters.blobs += 1;
                 stage.counters.blob_bytes += bytes.len() as u64;
             }

@@ -181,7 +181,7 @@ pub(crate) fn convert(old: &impl KeyValue, writer: &mut Writer<'_>) -> Result<()
         new.add_outcomes(&attempts);
         let mut batch = vec![];
         codec::put(&mut batch, keys::index_key(&rollout.spec.id), &codec::encode(&rollout.ordinal)?)?;
-        let packed = codec::pack(codec::encode(&(&rollout, &attempts))?);
+        let packed = codec::pack(codec::encode(&(&rollout, &attempts))?.into());
         codec::put_packed(&mut batch, keys::rollout_key(rollout.ordinal), &packed)?;
         writer.put_all(batch)
     })?;
