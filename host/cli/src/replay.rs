@@ -14,6 +14,7 @@ use fulgurite_runner::replay::{Items, Recorded, Regraded, ReplayError, ReplayRep
 use fulgurite_sandbox::TapeObserver;
 use fulgurite_store::{RolloutQuery, RolloutStore, SledStore};
 use fulgurite_trainer::{Exchanged, NewGrader, RunDirectory, open_replayer};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::arguments::{Output, ReplayArguments};
 use crate::failure::{Failure, printable};
@@ -21,6 +22,8 @@ use crate::rollouts::event_lines;
 use crate::terminal::{Style, paint};
 use crate::{paths, terminal, train};
 
+/// Gradings at once: graders may wait for their judges.
+const REGRADED_AT_ONCE: usize = 64;
 /// Rollouts whose records are looked up at once.
 const PAGE: usize = 1_000;
 
@@ -113,7 +116,8 @@ async fn verify(
     arguments: &ReplayArguments,
 ) -> Result<(), Failure> {
     let total = work.len();
-    let reports = each(store, work, |replayer, recorded| async move { replayer.replay(&recorded, None).await }).await;
+    let replay = |replayer: Arc<Replayer>, recorded| async move { replayer.replay(&recorded, None).await };
+    let reports = each(store, work, threads(), replay).await;
     let (mut identical, mut problems) = (0, 0);
     for (key, report) in reports {
         match report {
@@ -143,10 +147,16 @@ async fn verify(
     }
 }
 
+/// Replays at once: as many as there are threads. A replay never waits, so more would only push each other out of the caches.
+pub(crate) fn threads() -> usize {
+    tokio::runtime::Handle::current().metrics().num_workers()
+}
+
 /// Does something with each recording, several at once; results come in the order of the list.
 pub(crate) async fn each<T, F>(
     store: &Arc<dyn RolloutStore>,
     work: Vec<(AttemptKey, Arc<Replayer>)>,
+    at_once: usize,
     what: impl Fn(Arc<Replayer>, Recorded) -> F + Clone + Send + 'static,
 ) -> Vec<(AttemptKey, Result<T, ReplayError>)>
 where
@@ -154,9 +164,11 @@ where
     F: Future<Output = T> + Send + 'static,
 {
     let (work, next, items) = (Arc::new(work), Arc::new(AtomicUsize::new(0)), Arc::new(Items::default()));
-    // As many as there are threads: a replay never waits, so more of them would only push each other out of the caches.
-    let workers = tokio::runtime::Handle::current().metrics().num_workers();
-    let workers = (0..workers).map(|_| {
+    let style = ProgressStyle::with_template("{bar:30} {pos}/{len}, {per_sec}, {eta} left");
+    let bar = ProgressBar::with_draw_target(Some(work.len() as u64), ProgressDrawTarget::stderr());
+    let bar = style.map_or_else(|_| bar.clone(), |style| bar.clone().with_style(style));
+    let workers = (0..at_once.clamp(1, work.len().max(1))).map(|_| {
+        let bar = bar.clone();
         let (store, work, next) = (Arc::clone(store), Arc::clone(&work), Arc::clone(&next));
         let (items, what) = (Arc::clone(&items), what.clone());
         tokio::spawn(async move {
@@ -169,6 +181,7 @@ where
                     Err(error) => Err(error),
                 };
                 done.push((place, result));
+                bar.inc(1);
                 tokio::task::yield_now().await;
             }
         })
@@ -177,6 +190,7 @@ where
     for worker in workers.collect::<Vec<_>>() {
         done.extend(worker.await.unwrap_or_default());
     }
+    bar.finish_and_clear();
     let lost = || Err(ReplayError::Conditions("the replay's worker was lost".to_owned()));
     let keys = work.iter().map(|(key, _)| key.clone()).enumerate();
     keys.map(|(place, key)| (key, done.remove(&place).unwrap_or_else(lost))).collect()
@@ -273,7 +287,8 @@ async fn regrade(
     arguments: &ReplayArguments,
 ) -> Result<(), Failure> {
     let total = work.len();
-    let regraded = each(store, work, |replayer, recorded| async move { replayer.regrade(&recorded).await }).await;
+    let regrade = |replayer: Arc<Replayer>, recorded| async move { replayer.regrade(&recorded).await };
+    let regraded = each(store, work, REGRADED_AT_ONCE, regrade).await;
     let (mut changed, mut skipped, mut faults) = (0, 0, 0);
     let (mut before_sum, mut after_sum, mut graded) = (0.0, 0.0, 0_u64);
     if arguments.output == Output::Text {

@@ -13,7 +13,7 @@ use crate::arguments::{BenchReplayArguments, Output};
 use crate::bench::load::{Components, Load, LoadSettings, Scratch};
 use crate::bench::setup;
 use crate::failure::Failure;
-use crate::replay::each;
+use crate::replay::{each, threads};
 use crate::{terminal, train};
 
 pub(crate) fn bench(arguments: &BenchReplayArguments) -> Result<(), Failure> {
@@ -43,7 +43,8 @@ async fn run(arguments: &BenchReplayArguments) -> Result<(), Failure> {
     let work = keys.into_iter().map(|key| (key, Arc::clone(&replayer))).collect();
     let started = Instant::now();
     // Reading the recording from the store is a part of it.
-    let reports = each(&store, work, |replayer, recorded| async move { replayer.replay(&recorded, None).await }).await;
+    let replay = |replayer: Arc<Replayer>, recorded| async move { replayer.replay(&recorded, None).await };
+    let reports = each(&store, work, threads(), replay).await;
     let identical =
         reports.iter().filter(|(_, report)| report.as_ref().is_ok_and(|report| report.divergence.is_none()));
     let identical = identical.count();
