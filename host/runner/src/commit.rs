@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use fulgurite_store::{AttemptFinish, RolloutStore, StoreError};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 
 /// Finished attempts that may wait for the writer. When the queue is full, finishing attempts wait: they keep their live
 /// slot, so a slow disk slows the runner down instead of filling memory.
@@ -13,24 +13,14 @@ const WRITERS: usize = 2;
 /// Attempts in one commit. Bounds the memory of a commit and the wait of the first attempt in it.
 const GROUP_MAX: usize = 512;
 
-type Acknowledgement = oneshot::Sender<Result<(), StoreError>>;
+/// Called in the writer's thread when the attempt is durable, or cannot be.
+pub(crate) type Acknowledgement = Box<dyn FnOnce(Result<(), StoreError>) + Send>;
 type Queue = mpsc::Receiver<(AttemptFinish, Acknowledgement)>;
 
 /// Hands finished attempts to the writers.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct Committer {
     queue: mpsc::Sender<(AttemptFinish, Acknowledgement)>,
-}
-
-/// An attempt that is on its way to the disk.
-#[derive(Debug)]
-pub(crate) struct Commit(oneshot::Receiver<Result<(), StoreError>>);
-
-impl Commit {
-    /// Returns when the attempt is durable.
-    pub(crate) async fn durable(self) -> Result<(), StoreError> {
-        self.0.await.unwrap_or(Err(StoreError::Closed))
-    }
 }
 
 impl Committer {
@@ -45,8 +35,7 @@ impl Committer {
                     let (records, acknowledgements): (Vec<_>, Vec<_>) = group.into_iter().unzip();
                     let results = store.finish_attempts(records);
                     for (acknowledgement, result) in acknowledgements.into_iter().zip(results) {
-                        // A receiver that is gone was cancelled; the record is durable all the same.
-                        let _ = acknowledgement.send(result);
+                        acknowledgement(result);
                     }
                 }
             });
@@ -55,10 +44,8 @@ impl Committer {
     }
 
     /// Returns when a writer is sure to take the attempt.
-    pub(crate) async fn commit(&self, finish: AttemptFinish) -> Result<Commit, StoreError> {
-        let (acknowledge, acknowledged) = oneshot::channel();
-        self.queue.send((finish, acknowledge)).await.map_err(|_| StoreError::Closed)?;
-        Ok(Commit(acknowledged))
+    pub(crate) async fn commit(&self, finish: AttemptFinish, acknowledge: Acknowledgement) -> Result<(), StoreError> {
+        self.queue.send((finish, acknowledge)).await.map_err(|_| StoreError::Closed)
     }
 }
 

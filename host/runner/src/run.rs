@@ -12,11 +12,11 @@ use fulgurite_core::record::{AttemptRecord, RolloutSpec, WorkerRecord};
 use fulgurite_core::state::{AttemptState, RolloutState};
 use fulgurite_sandbox::{Admission, Gatekeeper, Tape};
 use fulgurite_store::{AttemptFinish, Enqueued, RolloutStore, StoreError};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::attempt::{Attempt, Ran};
 use crate::batch::{Batch, Order, told};
-use crate::commit::{Commit, Committer};
+use crate::commit::Committer;
 use crate::control;
 use crate::fork;
 use crate::gate::{Gate, Pass, Priority};
@@ -232,6 +232,8 @@ enum Begun {
     Failed(RunnerError),
 }
 
+type Results = mpsc::Sender<(usize, Result<RolloutResult, RunnerError>)>;
+
 struct Worker {
     shared: Arc<Shared>,
     backend: Arc<dyn LlmBackend>,
@@ -240,7 +242,7 @@ struct Worker {
     live: Live,
     begun: Begun,
     orders: watch::Receiver<Order>,
-    results: mpsc::Sender<(usize, Result<RolloutResult, RunnerError>)>,
+    results: Results,
 }
 
 impl Worker {
@@ -255,16 +257,18 @@ impl Worker {
                     () = told(&mut orders, Order::Abandon) => return,
                 };
                 drop(work);
-                // The batch may be gone; the record is durable all the same.
-                let _ = results.send((place, result)).await;
+                if let Some(result) = result.transpose() {
+                    tell(&results, place, result);
+                }
             });
         }
     }
 
-    async fn run(self) -> Result<RolloutResult, RunnerError> {
-        let Self { shared, backend, job, live, begun, mut orders, .. } = self;
+    /// Returns nothing when a writer will tell the batch.
+    async fn run(self) -> Result<Option<RolloutResult>, RunnerError> {
+        let Self { shared, backend, job, place, live, begun, mut orders, results } = self;
         let (mut started, mut session, mut tape) = match begun {
-            Begun::Recorded => return shared.recorded(&job.spec),
+            Begun::Recorded => return shared.recorded(&job.spec).map(Some),
             Begun::Failed(error) => return Err(error),
             Begun::Live { started, session, tape } => (started, session, tape),
         };
@@ -273,29 +277,37 @@ impl Worker {
             let attempts = started.key.attempt.0;
             let ran = shared.attempt(&job, &started, session, tape, &mut orders).await;
             let again = shared.settings.retry.tries_again(ran.outcome.kind, attempts);
-            let (result, commit) = shared.finish(&job, started, ran, again).await?;
+            let (result, finish) = shared.finish(&job, started, ran, again);
             if !again {
-                // The disk is waited for without a sandbox: what waits for one need not wait for both.
+                let Some(finish) = finish else { return Ok(Some(result)) };
+                // The disk is waited for without a sandbox and without a task: the writer tells the batch.
+                let acknowledge = move |durable: Result<(), StoreError>| {
+                    tell(&results, place, durable.map(|()| result).map_err(RunnerError::from));
+                };
+                shared.committer.commit(finish, Box::new(acknowledge)).await?;
                 drop(live);
-                durable(commit).await?;
-                return Ok(result);
+                return Ok(None);
             }
-            durable(commit).await?;
+            if let Some(finish) = finish {
+                let (acknowledge, acknowledged) = oneshot::channel();
+                let acknowledge = move |durable| drop(acknowledge.send(durable));
+                shared.committer.commit(finish, Box::new(acknowledge)).await?;
+                acknowledged.await.unwrap_or(Err(StoreError::Closed))?;
+            }
             tracing::warn!(rollout = %job.spec.id, outcome = result.outcome.kind.as_str(), "attempt failed, trying again");
             (started, session, tape) = match shared.begin_after(&*backend, &job, attempts) {
                 Begun::Live { started, session, tape } => (started, session, tape),
-                Begun::Recorded => return shared.recorded(&job.spec),
+                Begun::Recorded => return shared.recorded(&job.spec).map(Some),
                 Begun::Failed(error) => return Err(error),
             };
         }
     }
 }
 
-async fn durable(commit: Option<Commit>) -> Result<(), RunnerError> {
-    match commit {
-        Some(commit) => Ok(commit.durable().await?),
-        None => Ok(()),
-    }
+/// Hands a result to the batch. It may be gone; what is recorded is durable all the same.
+fn tell(results: &Results, place: usize, result: Result<RolloutResult, RunnerError>) {
+    // There is room for every result of the batch.
+    let _ = results.try_send((place, result));
 }
 
 impl Shared {
@@ -478,13 +490,14 @@ impl Shared {
         }
     }
 
-    async fn finish(
+    /// What an attempt came to, and what of it is to be recorded.
+    fn finish(
         &self,
         job: &Job,
         started: AttemptRecord,
         ran: Ran,
         again: bool,
-    ) -> Result<(RolloutResult, Option<Commit>), RunnerError> {
+    ) -> (RolloutResult, Option<AttemptFinish>) {
         let kind = ran.outcome.kind;
         let state = match kind {
             OutcomeKind::WallTimeout => AttemptState::Timeout,
@@ -509,22 +522,18 @@ impl Shared {
             ..started
         };
         let spans = Arc::new(ran.spans);
-        let mut commit = None;
-        if self.settings.recording == Recording::Durable {
-            let finish = AttemptFinish {
-                key: attempt.key.clone(),
-                state,
-                outcome: ran.outcome.clone(),
-                rewards: attempt.rewards.clone(),
-                end_unix_ns: attempt.end_unix_ns,
-                guest_cpu_us: attempt.guest_cpu_us,
-                spans: Arc::clone(&spans),
-                not_forkable: ran.not_forkable,
-                rollout_state,
-            };
-            commit = Some(self.committer.commit(finish).await?);
-        }
-        Ok((RolloutResult { spec: Arc::clone(&job.spec), attempt, outcome: ran.outcome, spans }, commit))
+        let finish = (self.settings.recording == Recording::Durable).then(|| AttemptFinish {
+            key: attempt.key.clone(),
+            state,
+            outcome: ran.outcome.clone(),
+            rewards: attempt.rewards.clone(),
+            end_unix_ns: attempt.end_unix_ns,
+            guest_cpu_us: attempt.guest_cpu_us,
+            spans: Arc::clone(&spans),
+            not_forkable: ran.not_forkable,
+            rollout_state,
+        });
+        (RolloutResult { spec: Arc::clone(&job.spec), attempt, outcome: ran.outcome, spans }, finish)
     }
 }
 
