@@ -17,14 +17,16 @@ use fulgurite_core::training::{
 use tokio::sync::{mpsc, oneshot};
 
 use crate::checkpoint::{self, Checkpoint, CheckpointView};
-use crate::config::{ModelShape, PolicyConfig};
-use crate::decoder::{Decoder, RotaryTable};
+use crate::config::PolicyConfig;
+use crate::decoder::Decoder;
 use crate::error::PolicyError;
 use crate::generate::{Generator, SchedulerLimits};
 use crate::loss::Normalisers;
 use crate::optimiser::{AdamW, gradient_norm};
 use crate::parameters::{Parameters, Values};
+use crate::rotary::RotaryTable;
 use crate::session::PolicyBackend;
+use crate::shape::ModelShape;
 use crate::tokenizer::PolicyTokenizer;
 use crate::train::{BatchRunner, Objective, Outcome, add, check_loss, check_rows};
 

@@ -38,15 +38,18 @@ mod loss;
 mod model;
 mod optimiser;
 mod parameters;
+mod rotary;
 mod sampler;
 mod session;
+mod shape;
 mod template;
 mod tokenizer;
 mod train;
 #[cfg(test)]
 mod train_tests;
 
-pub use config::{ModelShape, PolicyConfig, PolicyDevice, Preset};
+pub use config::{PolicyConfig, PolicyDevice, Preset};
 pub use engine::{EncodedDemonstration, EngineStatistics, PolicyEngine};
 pub use error::PolicyError;
+pub use shape::{Architecture, ModelShape, RopeScaling};
 pub use tokenizer::{PolicyTokenizer, TokenizerConfig};
