@@ -36,6 +36,11 @@ impl PackedModels {
             reference: reference.map(pack),
         }
     }
+
+    /// The trained weights.
+    pub(crate) fn decoder(&self) -> &Decoder {
+        &self.decoder
+    }
 }
 
 /// The model on one worker.
