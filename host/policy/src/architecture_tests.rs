@@ -93,7 +93,9 @@ fn parameters(shape: &ModelShape) -> Arc<Parameters> {
     let mut draw = Draw(Generator::new(Seed::new(2)));
     for (spec, values) in parameters.specs.iter().zip(&mut parameters.values) {
         if matches!(spec.kind, Kind::Norm | Kind::Bias) {
-            values.iter_mut().for_each(|value| *value += 0.5 * draw.unit());
+            for value in values.iter_mut() {
+                *value += 0.5 * draw.unit();
+            }
         }
     }
     Arc::new(parameters)
@@ -119,7 +121,7 @@ impl<'a> Reference<'a> {
     fn new(parameters: &'a Parameters) -> Self {
         let pairs = parameters.specs.iter().zip(&parameters.values);
         let tensor = |values: Vec<f32>| values.into_iter().map(f64::from).collect();
-        let tensors = pairs.map(|(spec, values)| (spec.name.clone(), tensor(spec.to_file(values)))).collect();
+        let tensors = pairs.map(|(spec, values)| (spec.name.clone(), tensor(spec.values_for_file(values)))).collect();
         Self { shape: &parameters.shape, tensors }
     }
 
@@ -182,14 +184,14 @@ impl<'a> Reference<'a> {
             let values: Vec<Vec<f64>> = normed.iter().map(|x| self.linear(&name("self_attn.v_proj"), x)).collect();
             for (q, x) in xs.iter_mut().enumerate() {
                 let mut mixed = vec![];
-                for head in 0..shape.heads {
+                for (head, query) in queries[q].iter().enumerate() {
                     let kv = head / (shape.heads / shape.kv_heads);
                     let weights: Vec<f64> = (0..ids.len())
                         .map(|k| {
                             if k > q || shape.sliding_window.is_some_and(|window| q - k >= window) {
                                 return 0.0;
                             }
-                            let dot: f64 = queries[q][head].iter().zip(&keys[k][kv]).map(|(a, b)| a * b).sum();
+                            let dot: f64 = query.iter().zip(&keys[k][kv]).map(|(a, b)| a * b).sum();
                             (dot / (shape.head_dim as f64).sqrt()).exp()
                         })
                         .collect();
@@ -242,7 +244,7 @@ fn shapes_cover_every_switch() {
             |shape: &ModelShape| !shape.tie_embeddings,
             |shape: &ModelShape| shape.heads > shape.kv_heads && shape.kv_heads > 1,
             |shape: &ModelShape| shape.query_width() != shape.d_model,
-            |shape: &ModelShape| shape.head_dim % 16 != 0,
+            |shape: &ModelShape| !shape.head_dim.is_multiple_of(16),
             |shape: &ModelShape| matches!(shape.rope_scaling, RopeScaling::Linear { .. }),
             |shape: &ModelShape| matches!(shape.rope_scaling, RopeScaling::Llama3 { .. }),
         ] {
@@ -315,7 +317,7 @@ fn gradients_are_the_slopes_of_the_formulas() {
         };
         assert!((loss - reference.loss(&rows, 2)).abs() < 1e-5 * loss, "{loss}");
         for (spec, gradient) in parameters.specs.iter().zip(&gradient) {
-            let direction = spec.to_file(gradient);
+            let direction = spec.values_for_file(gradient);
             let norm = direction.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
             let before = reference.tensors[&spec.name].clone();
             let mut moved = |by: f64| {

@@ -148,15 +148,22 @@ pub(crate) fn seen_blocks(first: usize, length: usize) -> (usize, usize, Range<u
     (block, length.div_ceil(PANEL) * PANEL - before, first - before..length - before)
 }
 
-/// `out[i] = Σ_s scales[s] rows[s][i]` for rows that are `stride` apart; `D` vectors make 16 columns.
+/// `out[i] = Σ_s scales[s] rows[s][column + i]` for rows of `stride`; `D` vectors make 16 columns.
 #[inline(always)]
-pub(crate) fn mix_rows<S: Simd, const D: usize>(simd: S, scales: &[f32], rows: &[f32], stride: usize, out: &mut [f32]) {
+pub(crate) fn mix_rows<S: Simd, const D: usize>(
+    simd: S,
+    scales: &[f32],
+    rows: &[f32],
+    stride: usize,
+    column: usize,
+    out: &mut [f32],
+) {
     let (chunks, rest) = out.as_chunks_mut::<16>();
-    let whole = chunks.len() * 16;
+    let whole = column + chunks.len() * 16;
     for (part, out) in chunks.iter_mut().enumerate() {
-        let first = part * 16;
+        let first = column + part * 16;
         let mut sums = [simd.splat_f32s(0.0); D];
-        for (scale, row) in scales.iter().zip(rows.chunks(stride)) {
+        for (scale, row) in scales.iter().zip(rows.chunks_exact(stride)) {
             let scale = simd.splat_f32s(*scale);
             let (row, _) = S::as_simd_f32s(&row[first..first + 16]);
             for d in 0..D {
@@ -166,8 +173,8 @@ pub(crate) fn mix_rows<S: Simd, const D: usize>(simd: S, scales: &[f32], rows: &
         S::as_mut_simd_f32s(out).0.copy_from_slice(&sums);
     }
     for (offset, out) in rest.iter_mut().enumerate() {
-        let column = rows.chunks(stride).map(|row| row[whole + offset]);
-        *out = scales.iter().zip(column).fold(0.0, |sum, (scale, value)| scale.mul_add(value, sum));
+        let values = rows.chunks_exact(stride).map(|row| row[whole + offset]);
+        *out = scales.iter().zip(values).fold(0.0, |sum, (scale, value)| scale.mul_add(value, sum));
     }
 }
 
@@ -184,8 +191,8 @@ fn attend<S: Simd, const V: usize, const D: usize>(simd: S, task: Attention<'_>)
         let head_first = head / group * dim;
         block_products::<S, V>(simd, query, scale, keys, head_first, kv_width, scores);
         let inverse = exponentiate(scores, seen.clone());
-        let values = &cache.values[first * kv_width + head_first..];
-        mix_rows::<S, D>(simd, &scores[seen.clone()], values, kv_width, out);
+        let values = &cache.values[first * kv_width..];
+        mix_rows::<S, D>(simd, &scores[seen.clone()], values, kv_width, head_first, out);
         for out in out {
             *out *= inverse;
         }

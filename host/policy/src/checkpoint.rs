@@ -191,7 +191,7 @@ fn write_tensors(path: &Path, specs: &[ParameterSpec], lists: &[(&str, &Values)]
     let mut tensors = Vec::new();
     for (prefix, values) in lists {
         for (spec, values) in specs.iter().zip(*values) {
-            let bytes: Vec<u8> = spec.to_file(values).iter().flat_map(|value| value.to_le_bytes()).collect();
+            let bytes: Vec<u8> = spec.values_for_file(values).iter().flat_map(|value| value.to_le_bytes()).collect();
             tensors.push((format!("{prefix}{}", spec.name), spec.file_dims(), bytes));
         }
     }
@@ -226,7 +226,7 @@ fn read_tensors(path: &Path, specs: &[ParameterSpec], prefixes: &[&str]) -> Resu
         }
         let values: Vec<f32> =
             tensor.data().as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
-        Ok(spec.from_file(values))
+        Ok(spec.values_from_file(values))
     };
     prefixes.iter().map(|prefix| specs.iter().map(|spec| read(prefix, spec)).collect()).collect()
 }

@@ -269,8 +269,8 @@ impl AttentionBackward<'_> {
                     *d_score = *score * (*d_score - mean) * scale;
                 }
                 let d_query = &mut self.d_projected[at * width + first..][..dim];
-                let keys = &self.mirror.values[first_seen * kv_width + head_first..];
-                mix_rows::<S, D>(simd, &d_scores[seen.clone()], keys, kv_width, d_query);
+                let keys = &self.mirror.values[first_seen * kv_width..];
+                mix_rows::<S, D>(simd, &d_scores[seen.clone()], keys, kv_width, head_first, d_query);
                 let rows = first_seen * dim..;
                 add_scaled::<S>(simd, &d_scores[seen.clone()], query, &mut self.scratch.d_keys[rows.clone()]);
                 add_scaled::<S>(simd, &scores[seen], d_mixed, &mut self.scratch.d_values[rows]);

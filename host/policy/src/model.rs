@@ -108,7 +108,7 @@ impl Model {
         let mut x = self.embedding.clone().select(0, ids);
         for layer in &self.layers {
             let normed = rms_norm(x.clone(), &layer.attention_norm, self.shape.rms_norm_epsilon);
-            x = x + layer.attend(normed, &self.shape, rows, length, &positions);
+            x = x + layer.attend(&normed, &self.shape, rows, length, &positions);
             let normed = rms_norm(x.clone(), &layer.mlp_norm, self.shape.rms_norm_epsilon);
             let gate = silu(normed.clone().matmul(layer.gate.clone()));
             x = x + (gate * normed.matmul(layer.up.clone())).matmul(layer.down.clone());
@@ -166,7 +166,14 @@ impl Model {
 }
 
 impl Layer {
-    fn attend(&self, x: Tensor<2>, shape: &ModelShape, rows: usize, length: usize, positions: &Positions) -> Tensor<2> {
+    fn attend(
+        &self,
+        x: &Tensor<2>,
+        shape: &ModelShape,
+        rows: usize,
+        length: usize,
+        positions: &Positions,
+    ) -> Tensor<2> {
         let (heads, kv_heads, dim) = (shape.heads, shape.kv_heads, shape.head_dim);
         let split = |x: Tensor<2>, heads| x.reshape([rows, length, heads, dim]).swap_dims(1, 2);
         let project = |weight: &Tensor<2>, part: usize| {

@@ -53,7 +53,7 @@ impl ParameterSpec {
     }
 
     /// Values of the file's layout in that of memory.
-    pub(crate) fn from_file(&self, values: Vec<f32>) -> Vec<f32> {
+    pub(crate) fn values_from_file(&self, values: Vec<f32>) -> Vec<f32> {
         match self.dims.as_slice() {
             [rows, columns] if self.is_transposed_in_files() => transpose(&values, *columns, *rows),
             _ => values,
@@ -61,7 +61,7 @@ impl ParameterSpec {
     }
 
     /// Values of memory in the file's layout.
-    pub(crate) fn to_file(&self, values: &[f32]) -> Vec<f32> {
+    pub(crate) fn values_for_file(&self, values: &[f32]) -> Vec<f32> {
         match self.dims.as_slice() {
             [rows, columns] if self.is_transposed_in_files() => transpose(values, *rows, *columns),
             _ => values.to_vec(),
@@ -218,7 +218,7 @@ impl Parameters {
                     let text = format!("`{}` has {} values instead of {}", spec.name, values.len(), spec.len());
                     return Err(PolicyError::UnfitTensors(text));
                 }
-                Ok(spec.from_file(values))
+                Ok(spec.values_from_file(values))
             })
             .collect::<Result<_, _>>()?;
         Ok(Self { shape: shape.clone(), specs, values })
@@ -361,7 +361,7 @@ mod tests {
             .specs
             .iter()
             .zip(&parameters.values)
-            .map(|(spec, values)| (spec.name.clone(), spec.to_file(values)))
+            .map(|(spec, values)| (spec.name.clone(), spec.values_for_file(values)))
             .collect();
         let dims = || parameters.specs.iter().map(|spec| (spec.name.clone(), spec.file_dims())).collect();
         let read = |name: &str| Ok(files[name].clone());

@@ -91,13 +91,18 @@ fn tensors(shape: &ModelShape) -> Tensors {
     sizes.into_iter().map(|(name, dims)| (name.clone(), (dims.clone(), values(&name, dims.iter().product())))).collect()
 }
 
+/// A tensor's values.
+fn values(tensors: &Tensors, name: &str) -> Vec<f32> {
+    tensors.get(name).unwrap().1.clone()
+}
+
 fn dims(tensors: &Tensors) -> BTreeMap<String, Vec<usize>> {
     tensors.iter().map(|(name, (dims, _))| (name.clone(), dims.clone())).collect()
 }
 
 fn engine(shape: &ModelShape, device: PolicyDevice) -> PolicyEngine {
     let (config, tensors) = (PolicyConfig { device, ..PolicyConfig::default() }, tensors(shape));
-    let read = |name: &str| Ok(tensors[name].1.clone());
+    let read = |name: &str| Ok(values(&tensors, name));
     PolicyEngine::from_tensors(&config, tokenizer(), shape, &dims(&tensors), read).unwrap()
 }
 
@@ -195,7 +200,7 @@ async fn checkpoints_of_every_architecture_go_on_bit_by_bit() {
             let written = std::fs::read(dir.path().join("model.safetensors")).unwrap();
             let file = safetensors::SafeTensors::deserialize(&written).unwrap();
             let name = "model.layers.1.self_attn.k_proj.bias";
-            let before: Vec<u8> = tensors(&shape)[name].1.iter().flat_map(|value| value.to_le_bytes()).collect();
+            let before: Vec<u8> = values(&tensors(&shape), name).iter().flat_map(|value| value.to_le_bytes()).collect();
             assert_ne!(file.tensor(name).unwrap().data(), before);
         }
     }
@@ -206,7 +211,7 @@ fn questions_about_ids_need_no_engine() {
     for shape in shapes() {
         let tensors = tensors(&shape);
         let open = || {
-            let read = |name: &str| Ok(tensors[name].1.clone());
+            let read = |name: &str| Ok(values(&tensors, name));
             Inference::from_tensors(&PolicyConfig::default(), &shape, &dims(&tensors), read).unwrap()
         };
         let inference = open();
