@@ -140,8 +140,14 @@ impl AgentState {
                 }
                 if found.is_none() {
                     host.poll_tools(table, context);
-                    host.log.recorder.check_waits();
-                } else if host.let_tools_get_on(table, context).is_pending() {
+                    // What is waited for may have ended a moment ago, while the others were polled.
+                    if let Poll::Ready(ended) = ready(table, context) {
+                        found = Some(ended);
+                    } else {
+                        host.log.recorder.check_waits();
+                    }
+                }
+                if found.is_some() && host.let_tools_get_on(table, context).is_pending() {
                     return Poll::Pending;
                 }
                 found.take().map_or(Poll::Pending, Poll::Ready)

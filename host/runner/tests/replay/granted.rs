@@ -1,8 +1,8 @@
 //! Tools that ask servers and databases while their agent does something else: how long that takes is another matter in a
 //! replay, and what comes out is the same.
 
-use std::io::{BufRead, BufReader, Write};
-use std::net::TcpListener;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -57,6 +57,14 @@ impl Server {
 
     fn requests(&self) -> usize {
         self.requests.load(Ordering::SeqCst)
+    }
+
+    /// Requests when all that were on their way have come: it answers one after the other.
+    fn settled(&self) -> usize {
+        let mut stream = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
+        stream.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+        stream.read_exact(&mut [0]).unwrap();
+        self.requests()
     }
 
     /// The nasty guests, and a tool that may ask this server and has a database.
@@ -120,7 +128,7 @@ async fn tools_that_ask_while_the_agent_goes_on_are_replayed_in_the_recorded_ord
         job(&runner, &format!("granted-{number}"), number, &program(steps), &json!({}))
     });
     let results = bench.record(&runner, jobs.collect(), Model::Answers).await;
-    let asked = server.requests();
+    let asked = server.settled();
     assert!(asked > 100, "{asked}");
     // The model is asked meanwhile: some answers come after events of the agent that began before them.
     let is_host_call =
