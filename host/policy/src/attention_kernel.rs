@@ -10,6 +10,8 @@
     reason = "sizes are checked at each kernel's entry; the inner loops must not branch"
 )]
 
+use std::ops::Range;
+
 use pulp::{Simd, WithSimd};
 
 use crate::kernel::{PANEL, dispatch, exp, sum_lanes};
@@ -48,7 +50,9 @@ pub(crate) struct Attention<'a> {
     /// `[heads * dim]`, rotated.
     pub(crate) query: &'a [f32],
     pub(crate) cache: &'a LayerCache,
-    /// Positions to attend to, at least 1.
+    /// First position to attend to: above 0 where a window has left it behind.
+    pub(crate) first: usize,
+    /// Position after the last one to attend to; above `first`.
     pub(crate) length: usize,
     pub(crate) dim: usize,
     /// Width of all key heads.
@@ -63,8 +67,8 @@ impl Attention<'_> {
     /// Computes it.
     pub(crate) fn run(self) {
         let blocks = self.length.div_ceil(PANEL);
-        assert!(self.length > 0 && self.cache.keys.len() >= blocks * PANEL * self.kv_width);
-        assert!(self.query.len() == self.out.len() && self.dim.is_multiple_of(16));
+        assert!(self.length > self.first && self.cache.keys.len() >= blocks * PANEL * self.kv_width);
+        assert!(self.query.len() == self.out.len() && self.dim > 0);
         if self.scores.len() < blocks * PANEL {
             self.scores.resize(blocks * PANEL, 0.0);
         }
@@ -113,10 +117,11 @@ pub(crate) fn block_products<S: Simd, const V: usize>(
     }
 }
 
-/// Turns the first `length` scores into `e^(score - max)`, the rest into 0, and returns the inverse of their sum.
+/// Turns the scores of `seen` into `e^(score - max)`, the others into 0, and returns the inverse of their sum.
 #[inline(always)]
-pub(crate) fn exponentiate(scores: &mut [f32], length: usize) -> f32 {
-    scores[length..].fill(f32::NEG_INFINITY);
+pub(crate) fn exponentiate(scores: &mut [f32], seen: Range<usize>) -> f32 {
+    scores[..seen.start].fill(f32::NEG_INFINITY);
+    scores[seen.end..].fill(f32::NEG_INFINITY);
     let mut maxima = [f32::NEG_INFINITY; 16];
     for chunk in scores.as_chunks::<16>().0 {
         for i in 0..16 {
@@ -134,31 +139,62 @@ pub(crate) fn exponentiate(scores: &mut [f32], length: usize) -> f32 {
     1.0 / sum_lanes(lanes)
 }
 
+/// The blocks that hold positions `first..length`: the first of them, how many scores they have, and where among those
+/// the positions stand.
+#[inline(always)]
+pub(crate) fn seen_blocks(first: usize, length: usize) -> (usize, usize, Range<usize>) {
+    let block = first / PANEL;
+    let before = block * PANEL;
+    (block, length.div_ceil(PANEL) * PANEL - before, first - before..length - before)
+}
+
+/// `out[i] = Σ_s scales[s] rows[s][column + i]` for rows of `stride`; `D` vectors make 16 columns.
+#[inline(always)]
+pub(crate) fn mix_rows<S: Simd, const D: usize>(
+    simd: S,
+    scales: &[f32],
+    rows: &[f32],
+    stride: usize,
+    column: usize,
+    out: &mut [f32],
+) {
+    let (chunks, rest) = out.as_chunks_mut::<16>();
+    let whole = column + chunks.len() * 16;
+    for (part, out) in chunks.iter_mut().enumerate() {
+        let first = column + part * 16;
+        let mut sums = [simd.splat_f32s(0.0); D];
+        for (scale, row) in scales.iter().zip(rows.chunks_exact(stride)) {
+            let scale = simd.splat_f32s(*scale);
+            let (row, _) = S::as_simd_f32s(&row[first..first + 16]);
+            for d in 0..D {
+                sums[d] = simd.mul_add_f32s(scale, row[d], sums[d]);
+            }
+        }
+        S::as_mut_simd_f32s(out).0.copy_from_slice(&sums);
+    }
+    for (offset, out) in rest.iter_mut().enumerate() {
+        let values = rows.chunks_exact(stride).map(|row| row[whole + offset]);
+        *out = scales.iter().zip(values).fold(0.0, |sum, (scale, value)| scale.mul_add(value, sum));
+    }
+}
+
 /// `V` vectors make a block of positions, `D` vectors make 16 dimensions.
 #[inline(always)]
 fn attend<S: Simd, const V: usize, const D: usize>(simd: S, task: Attention<'_>) {
-    let Attention { query, cache, length, dim, kv_width, scores, out } = task;
+    let Attention { query, cache, first, length, dim, kv_width, scores, out } = task;
     let group = query.len() / kv_width;
     let scale = 1.0 / (dim as f32).sqrt();
+    let (block, count, seen) = seen_blocks(first, length);
+    let keys = &cache.keys[block * PANEL * kv_width..];
+    let scores = &mut scores[..count];
     for (head, (query, out)) in query.chunks_exact(dim).zip(out.chunks_exact_mut(dim)).enumerate() {
         let head_first = head / group * dim;
-        let scores = &mut scores[..length.div_ceil(PANEL) * PANEL];
-        block_products::<S, V>(simd, query, scale, &cache.keys, head_first, kv_width, scores);
-        let inverse = exponentiate(scores, length);
-        for (part, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-            let first = head_first + part * 16;
-            let mut sums = [simd.splat_f32s(0.0); D];
-            for (score, values) in scores[..length].iter().zip(cache.values.chunks_exact(kv_width)) {
-                let score = simd.splat_f32s(*score);
-                let (values, _) = S::as_simd_f32s(&values[first..first + 16]);
-                for d in 0..D {
-                    sums[d] = simd.mul_add_f32s(score, values[d], sums[d]);
-                }
-            }
-            S::as_mut_simd_f32s(out).0.copy_from_slice(&sums);
-            for out in out {
-                *out *= inverse;
-            }
+        block_products::<S, V>(simd, query, scale, keys, head_first, kv_width, scores);
+        let inverse = exponentiate(scores, seen.clone());
+        let values = &cache.values[first * kv_width..];
+        mix_rows::<S, D>(simd, &scores[seen.clone()], values, kv_width, head_first, out);
+        for out in out {
+            *out *= inverse;
         }
     }
 }
@@ -176,7 +212,14 @@ mod tests {
 
     #[test]
     fn attention_is_softmax_over_keys() {
-        let (heads, kv_heads, dim, length) = (4, 2, 32, 71);
+        for (heads, kv_heads, dim, length, first) in
+            [(4, 2, 32, 71, 0), (4, 2, 32, 71, 40), (2, 1, 8, 33, 32), (6, 3, 20, 64, 63), (2, 2, 48, 1, 0)]
+        {
+            attention_is_right(heads, kv_heads, dim, length, first);
+        }
+    }
+
+    fn attention_is_right(heads: usize, kv_heads: usize, dim: usize, length: usize, first: usize) {
         let mut cache = LayerCache::default();
         let (keys, values) = (draws(length * kv_heads * dim, 3), draws(length * kv_heads * dim, 4));
         let width = kv_heads * dim;
@@ -187,15 +230,24 @@ mod tests {
         let query = draws(heads * dim, 5);
         let mut out = vec![0.0; heads * dim];
         let mut scores = vec![];
-        Attention { query: &query, cache: &cache, length, dim, kv_width: width, scores: &mut scores, out: &mut out }
-            .run();
+        let task = Attention {
+            query: &query,
+            cache: &cache,
+            first,
+            length,
+            dim,
+            kv_width: width,
+            scores: &mut scores,
+            out: &mut out,
+        };
+        task.run();
         for head in 0..heads {
             let kv = head / (heads / kv_heads);
             let key = |p: usize, d: usize| f64::from(keys[p * width + kv * dim + d]);
             let score = |p: usize| {
                 (0..dim).map(|d| f64::from(query[head * dim + d]) * key(p, d)).sum::<f64>() / (dim as f64).sqrt()
             };
-            let weights: Vec<f64> = (0..length).map(|p| score(p).exp()).collect();
+            let weights: Vec<f64> = (0..length).map(|p| if p < first { 0.0 } else { score(p).exp() }).collect();
             let total: f64 = weights.iter().sum();
             for d in 0..dim {
                 let want: f64 =

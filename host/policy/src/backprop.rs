@@ -9,9 +9,11 @@
 
 use crate::attention_kernel::{Attention, LayerCache};
 use crate::decoder::Decoder;
-use crate::gradient_kernel::{AttentionBackward, AttentionScratch, RmsNormBackward, add_outer, silu_gate_backward};
+use crate::gradient_kernel::{
+    AttentionBackward, AttentionScratch, RmsNormBackward, add_outer, add_rows, silu_gate_backward,
+};
 use crate::kernel::{self, Packed};
-use crate::parameters::{LAYER_TENSORS, Parameters, Values};
+use crate::parameters::{Layout, Parameters, Values};
 
 /// Transposed weights, packed for multiplying gradients with.
 #[derive(Debug)]
@@ -34,9 +36,10 @@ impl Transposed {
         let shape = &parameters.shape;
         let tensor = |at: usize| parameters.values.get(at).map_or(&[][..], Vec::as_slice);
         let (d, ff, query, kv) = (shape.d_model, shape.d_ff, shape.query_width(), shape.kv_width());
+        let layout = Layout::new(shape);
         let layers = (0..shape.layers)
             .map(|layer| {
-                let tensor = |part: usize| tensor(1 + layer * LAYER_TENSORS + part);
+                let tensor = |part: usize| tensor(layout.layer(layer) + part);
                 TransposedLayer {
                     query_key_value: Packed::transposed(d, &[(tensor(1), query), (tensor(2), kv), (tensor(3), kv)]),
                     attention_out: Packed::transposed(query, &[(tensor(4), d)]),
@@ -48,8 +51,7 @@ impl Transposed {
         let head = if shape.tie_embeddings {
             Packed::new(shape.vocabulary, &[(tensor(0), d)])
         } else {
-            let last = 2 + shape.layers * LAYER_TENSORS;
-            Packed::transposed(d, &[(tensor(last), shape.vocabulary)])
+            Packed::transposed(d, &[(tensor(layout.norm() + 1), shape.vocabulary)])
         };
         Self { layers, head }
     }
@@ -60,6 +62,8 @@ impl Transposed {
 struct Saved {
     x: Vec<f32>,
     normed: Vec<f32>,
+    /// Queries and keys as projected, `[tokens, query]` and `[tokens, key]`; only where heads have norms.
+    unnormed: [Vec<f32>; 2],
     /// Queries, keys and values, rotated.
     projected: Vec<f32>,
     mixed: Vec<f32>,
@@ -101,9 +105,12 @@ fn zeroed(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
     buffer
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "the model computes in f32")]
-fn epsilon(decoder: &Decoder) -> f32 {
-    decoder.shape.rms_norm_epsilon as f32
+/// Writes columns `first..first + n` of rows of `width` one after the other.
+fn gather(rows: &[f32], width: usize, first: usize, n: usize, out: &mut Vec<f32>) {
+    out.clear();
+    for row in rows.chunks_exact(width) {
+        out.extend_from_slice(row.get(first..first + n).unwrap_or_default());
+    }
 }
 
 impl Tape {
@@ -117,7 +124,7 @@ impl Tape {
     ) {
         let shape = &decoder.shape;
         let (d, query, kv, dim) = (shape.d_model, shape.query_width(), shape.kv_width(), shape.head_dim);
-        let epsilon = epsilon(decoder);
+        let epsilon = shape.epsilon();
         self.ids.clear();
         self.lengths.clear();
         for row in rows {
@@ -135,9 +142,15 @@ impl Tape {
             saved.x.clone_from(&self.x);
             let normed = zeroed(&mut saved.normed, tokens * d);
             kernel::rms_norm(&saved.x, &layer.attention_norm, epsilon, normed);
-            let width = layer.query_key_value.width();
+            let width = query + 2 * kv;
             let projected = zeroed(&mut saved.projected, tokens * width);
-            kernel::multiply::<false>(normed, &layer.query_key_value, projected);
+            layer.project(normed, projected);
+            if layer.head_norms.is_some() {
+                let [queries, keys] = &mut saved.unnormed;
+                gather(projected, width, 0, query, queries);
+                gather(projected, width, query, kv, keys);
+                layer.normalise_heads(projected, shape);
+            }
             let mixed = zeroed(&mut saved.mixed, tokens * query);
             let (mut projected, mut mixed) = (projected, mixed);
             for length in &self.lengths {
@@ -156,10 +169,11 @@ impl Tape {
                 for (position, (token, out)) in row.chunks_exact(width).zip(out.chunks_exact_mut(query)).enumerate() {
                     let (query, _) = token.split_at(query);
                     let (cache, scores) = (&self.caches.0, &mut self.scores);
-                    Attention { query, cache, length: position + 1, dim, kv_width: kv, scores, out }.run();
+                    let (first, length) = (shape.window_start(position + 1), position + 1);
+                    Attention { query, cache, first, length, dim, kv_width: kv, scores, out }.run();
                 }
             }
-            kernel::multiply::<true>(&saved.mixed, &layer.attention_out, &mut self.x);
+            layer.add_attention(&saved.mixed, &mut self.x);
             saved.x_middle.clone_from(&self.x);
             let normed = zeroed(&mut saved.normed_middle, tokens * d);
             kernel::rms_norm(&saved.x_middle, &layer.mlp_norm, epsilon, normed);
@@ -186,8 +200,8 @@ impl Tape {
         let shape = &decoder.shape;
         let d = shape.d_model;
         let (tokens, count) = (self.ids.len(), self.selected.len());
-        let epsilon = epsilon(decoder);
-        let last = 1 + shape.layers * LAYER_TENSORS;
+        let epsilon = shape.epsilon();
+        let last = Layout::new(shape).norm();
 
         // Output projection and final norm, of the selected tokens.
         if shape.tie_embeddings {
@@ -235,7 +249,8 @@ impl Tape {
         let shape = &decoder.shape;
         let (d, ff, query, kv) = (shape.d_model, shape.d_ff, shape.query_width(), shape.kv_width());
         let tokens = self.ids.len();
-        let first = 1 + index * LAYER_TENSORS;
+        let layout = Layout::new(shape);
+        let first = layout.layer(index);
         let (Some(layer), Some(back)) = (decoder.layers.get(index), transposed.layers.get(index)) else { return };
         let Some(saved) = self.layers.get(index) else { return };
 
@@ -260,21 +275,54 @@ impl Tape {
         // x + out(attention)
         self.packed.repack(&self.d_x, d, 0, d);
         add_weight(gradient, first + 4, &saved.mixed, query, &self.packed);
+        if let Some(sums) = layout.out_bias.and_then(|part| gradient.get_mut(first + part)) {
+            add_rows(&self.d_x, d, 0, sums);
+        }
         let d_mixed = zeroed(&mut self.d_mixed, tokens * query);
         kernel::multiply::<false>(&self.d_x, &back.attention_out, d_mixed);
         let width = query + 2 * kv;
         zeroed(&mut self.d_wide, tokens * width);
         self.attention_backward(index, decoder);
+        if let Some([query_norm, key_norm]) = layout.head_norms {
+            self.head_norm_backward(index, decoder, [first + query_norm, first + key_norm], gradient);
+        }
         let Some(saved) = self.layers.get(index) else { return };
-        for (part, columns, tensor) in [(0, query, first + 1), (query, kv, first + 2), (query + kv, kv, first + 3)] {
+        for (at, (part, columns)) in [(0, query), (query, kv), (query + kv, kv)].into_iter().enumerate() {
             self.packed.repack(&self.d_wide, width, part, columns);
-            add_weight(gradient, tensor, &saved.normed, d, &self.packed);
+            add_weight(gradient, first + 1 + at, &saved.normed, d, &self.packed);
+            let bias = layout.biases.and_then(|biases| biases.get(at).copied());
+            if let Some(sums) = bias.and_then(|bias| gradient.get_mut(first + bias)) {
+                add_rows(&self.d_wide, width, part, sums);
+            }
         }
         let dy = zeroed(&mut self.d_normed, tokens * d);
         kernel::multiply::<false>(&self.d_wide, &back.query_key_value, dy);
         if let Some(d_weight) = gradient.get_mut(first) {
             let (x, weight, dx) = (&saved.x, &layer.attention_norm, &mut self.d_x);
             RmsNormBackward { x, weight, epsilon, dy, dx, d_weight }.run();
+        }
+    }
+
+    /// Takes the gradient of queries and keys in `d_wide` from behind the norms of their heads to before them. `tensors` are
+    /// those of the two norms.
+    fn head_norm_backward(&mut self, index: usize, decoder: &Decoder, tensors: [usize; 2], gradient: &mut Values) {
+        let shape = &decoder.shape;
+        let (query, kv) = (shape.query_width(), shape.kv_width());
+        let width = query + 2 * kv;
+        let Some(norms) = decoder.layers.get(index).and_then(|layer| layer.head_norms.as_ref()) else { return };
+        let Some(saved) = self.layers.get(index) else { return };
+        let parts = [(0, query), (query, kv)].into_iter().zip(norms).zip(&saved.unnormed).zip(tensors);
+        for ((((first, n), weight), x), tensor) in parts {
+            gather(&self.d_wide, width, first, n, &mut self.d_normed);
+            let dx = zeroed(&mut self.d_mixed, x.len());
+            if let Some(d_weight) = gradient.get_mut(tensor) {
+                RmsNormBackward { x, weight, epsilon: shape.epsilon(), dy: &self.d_normed, dx, d_weight }.run();
+            }
+            for (row, dx) in self.d_wide.chunks_exact_mut(width).zip(self.d_mixed.chunks_exact(n)) {
+                for (slot, dx) in row.iter_mut().skip(first).zip(dx) {
+                    *slot = *dx;
+                }
+            }
         }
     }
 
@@ -308,6 +356,7 @@ impl Tape {
                 mixed: row_mixed,
                 d_mixed: row_d_mixed,
                 dim,
+                window: shape.sliding_window.unwrap_or(usize::MAX),
                 query_width,
                 kv_width,
                 scratch: &mut self.attention,

@@ -1,4 +1,4 @@
-//! Checkpoints: a folder that a Hugging Face library can open as a Llama model, plus what training needs to go on from it
+//! Checkpoints: a folder that a Hugging Face library can open, plus what training needs to go on from it
 //! bit by bit. Every file is synchronised with the disk before `save` returns; making the folder appear at once is the
 //! caller's rename.
 
@@ -11,10 +11,10 @@ use fulgurite_core::id::PolicyVersion;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 
-use crate::config::ModelShape;
 use crate::error::PolicyError;
 use crate::optimiser::AdamW;
-use crate::parameters::{self, ParameterSpec, Parameters, Values, transpose};
+use crate::parameters::{self, ParameterSpec, Parameters, Values};
+use crate::shape::{Architecture, ModelShape, RopeScaling};
 
 /// Layout of `state.json`; raised when it changes.
 const FORMAT: u32 = 1;
@@ -59,7 +59,8 @@ struct StateFile {
     snapshots: Vec<String>,
 }
 
-/// The part of Hugging Face's `config.json` that says how a Llama model is built.
+/// The part of Hugging Face's `config.json` that says how a model is built. What only some models have is left out of the
+/// others' files.
 #[derive(Debug, Serialize, Deserialize)]
 struct ConfigFile {
     architectures: Vec<String>,
@@ -81,6 +82,83 @@ struct ConfigFile {
     bos_token_id: Option<u32>,
     eos_token_id: Option<u32>,
     torch_dtype: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    rope_scaling: Option<RopeScaling>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    sliding_window: Option<usize>,
+    /// Qwen's switch for the window, and the first layer that has it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    use_sliding_window: Option<bool>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    max_window_layers: Option<usize>,
+}
+
+impl ConfigFile {
+    fn new(shape: &ModelShape, end_token: u32) -> Result<Self, PolicyError> {
+        let architecture = shape.architecture()?;
+        let windowed_qwen =
+            matches!(architecture, Architecture::Qwen2 | Architecture::Qwen3).then_some(shape.sliding_window).flatten();
+        Ok(Self {
+            architectures: vec![architecture.class_name().to_owned()],
+            model_type: architecture.model_type().to_owned(),
+            hidden_act: "silu".to_owned(),
+            hidden_size: shape.d_model,
+            intermediate_size: shape.d_ff,
+            num_hidden_layers: shape.layers,
+            num_attention_heads: shape.heads,
+            num_key_value_heads: shape.kv_heads,
+            head_dim: shape.head_dim,
+            vocab_size: shape.vocabulary,
+            max_position_embeddings: shape.context_tokens_max,
+            rope_theta: shape.rope_theta,
+            rms_norm_eps: shape.rms_norm_epsilon,
+            tie_word_embeddings: shape.tie_embeddings,
+            attention_bias: shape.attention_bias,
+            mlp_bias: false,
+            bos_token_id: None,
+            eos_token_id: Some(end_token),
+            torch_dtype: "float32".to_owned(),
+            rope_scaling: (shape.rope_scaling != RopeScaling::None).then_some(shape.rope_scaling),
+            sliding_window: shape.sliding_window,
+            use_sliding_window: windowed_qwen.map(|_| true),
+            max_window_layers: windowed_qwen.map(|_| 0),
+        })
+    }
+
+    /// The shape that [`new`](Self::new) wrote. Not a reader of Hugging Face's folders: those leave out what has a default.
+    fn shape(self) -> Result<ModelShape, String> {
+        let all = [Architecture::Llama, Architecture::Mistral, Architecture::Qwen2, Architecture::Qwen3];
+        let Some(architecture) = all.into_iter().find(|known| known.model_type() == self.model_type) else {
+            return Err(format!("`model_type` is `{}`, which this engine does not write", self.model_type));
+        };
+        if self.mlp_bias || self.hidden_act != "silu" {
+            return Err("only feed-forward parts without biases and with `silu` are supported".to_owned());
+        }
+        let shape = ModelShape {
+            d_model: self.hidden_size,
+            layers: self.num_hidden_layers,
+            heads: self.num_attention_heads,
+            kv_heads: self.num_key_value_heads,
+            head_dim: self.head_dim,
+            d_ff: self.intermediate_size,
+            vocabulary: self.vocab_size,
+            context_tokens_max: self.max_position_embeddings,
+            rope_theta: self.rope_theta,
+            rms_norm_epsilon: self.rms_norm_eps,
+            tie_embeddings: self.tie_word_embeddings,
+            attention_bias: self.attention_bias,
+            // Qwen2 has no switch: its three biases are always there and the fourth never.
+            attention_out_bias: self.attention_bias && architecture != Architecture::Qwen2,
+            qk_norm: architecture == Architecture::Qwen3,
+            rope_scaling: self.rope_scaling.unwrap_or_default(),
+            sliding_window: self.sliding_window,
+        };
+        match shape.check().and_then(|()| shape.architecture()) {
+            Ok(found) if found == architecture => Ok(shape),
+            Ok(found) => Err(format!("its switches are those of `{}`", found.model_type())),
+            Err(error) => Err(error.to_string()),
+        }
+    }
 }
 
 /// Writes a file and synchronises it with the disk.
@@ -113,11 +191,7 @@ fn write_tensors(path: &Path, specs: &[ParameterSpec], lists: &[(&str, &Values)]
     let mut tensors = Vec::new();
     for (prefix, values) in lists {
         for (spec, values) in specs.iter().zip(*values) {
-            let values = match spec.dims.as_slice() {
-                [rows, columns] if spec.is_transposed_in_files() => transpose(values, *rows, *columns),
-                _ => values.clone(),
-            };
-            let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+            let bytes: Vec<u8> = spec.values_for_file(values).iter().flat_map(|value| value.to_le_bytes()).collect();
             tensors.push((format!("{prefix}{}", spec.name), spec.file_dims(), bytes));
         }
     }
@@ -152,10 +226,7 @@ fn read_tensors(path: &Path, specs: &[ParameterSpec], prefixes: &[&str]) -> Resu
         }
         let values: Vec<f32> =
             tensor.data().as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
-        Ok(match spec.dims.as_slice() {
-            [rows, columns] if spec.is_transposed_in_files() => transpose(&values, *columns, *rows),
-            _ => values,
-        })
+        Ok(spec.values_from_file(values))
     };
     prefixes.iter().map(|prefix| specs.iter().map(|spec| read(prefix, spec)).collect()).collect()
 }
@@ -177,28 +248,7 @@ pub(crate) fn save(dir: &Path, view: &CheckpointView<'_>, end_token: u32) -> Res
     for (index, (_, snapshot)) in view.snapshots.iter().enumerate() {
         write_tensors(&dir.join(snapshot_file(index)), specs, &[("", &snapshot.values)])?;
     }
-    let shape = &view.parameters.shape;
-    let config = ConfigFile {
-        architectures: vec!["LlamaForCausalLM".to_owned()],
-        model_type: "llama".to_owned(),
-        hidden_act: "silu".to_owned(),
-        hidden_size: shape.d_model,
-        intermediate_size: shape.d_ff,
-        num_hidden_layers: shape.layers,
-        num_attention_heads: shape.heads,
-        num_key_value_heads: shape.kv_heads,
-        head_dim: shape.head_dim,
-        vocab_size: shape.vocabulary,
-        max_position_embeddings: shape.context_tokens_max,
-        rope_theta: shape.rope_theta,
-        rms_norm_eps: shape.rms_norm_epsilon,
-        tie_word_embeddings: shape.tie_embeddings,
-        attention_bias: false,
-        mlp_bias: false,
-        bos_token_id: None,
-        eos_token_id: Some(end_token),
-        torch_dtype: "float32".to_owned(),
-    };
+    let config = ConfigFile::new(&view.parameters.shape, end_token)?;
     write_json(&dir.join(CONFIG), &config)?;
     let state = StateFile {
         format: FORMAT,
@@ -215,25 +265,7 @@ pub(crate) fn save(dir: &Path, view: &CheckpointView<'_>, end_token: u32) -> Res
 /// Reads the sizes that a checkpoint's model has.
 pub(crate) fn read_shape(dir: &Path) -> Result<ModelShape, PolicyError> {
     let path = dir.join(CONFIG);
-    let config: ConfigFile = read_json(&path)?;
-    if config.model_type != "llama" || config.attention_bias || config.mlp_bias || config.hidden_act != "silu" {
-        return Err(broken(&path, "only Llama models without biases and with `silu` are supported"));
-    }
-    let shape = ModelShape {
-        d_model: config.hidden_size,
-        layers: config.num_hidden_layers,
-        heads: config.num_attention_heads,
-        kv_heads: config.num_key_value_heads,
-        head_dim: config.head_dim,
-        d_ff: config.intermediate_size,
-        vocabulary: config.vocab_size,
-        context_tokens_max: config.max_position_embeddings,
-        rope_theta: config.rope_theta,
-        rms_norm_epsilon: config.rms_norm_eps,
-        tie_embeddings: config.tie_word_embeddings,
-    };
-    shape.check()?;
-    Ok(shape)
+    read_json::<ConfigFile>(&path)?.shape().map_err(|reason| broken(&path, reason))
 }
 
 /// Reads a checkpoint.
@@ -264,4 +296,38 @@ pub(crate) fn load(dir: &Path) -> Result<Checkpoint, PolicyError> {
         snapshots,
         version: state.version,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::PolicyConfig;
+
+    #[test]
+    fn every_architecture_comes_back_and_a_plain_one_has_no_new_fields() {
+        let plain = PolicyConfig::default().shape(300).unwrap();
+        let text = serde_json::to_string(&ConfigFile::new(&plain, 1).unwrap()).unwrap();
+        assert!(text.ends_with(r#""torch_dtype":"float32"}"#), "what was written before is written still: {text}");
+        let scaling =
+            RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_context: 8_192 };
+        let shapes = [
+            ModelShape { attention_bias: true, attention_out_bias: true, rope_scaling: scaling, ..plain.clone() },
+            ModelShape { sliding_window: Some(7), rope_scaling: RopeScaling::Linear { factor: 2.0 }, ..plain.clone() },
+            ModelShape { attention_bias: true, sliding_window: Some(7), ..plain.clone() },
+            ModelShape { qk_norm: true, head_dim: 48, sliding_window: Some(9), ..plain.clone() },
+            plain,
+        ];
+        for shape in shapes {
+            let text = serde_json::to_string(&ConfigFile::new(&shape, 1).unwrap()).unwrap();
+            assert_eq!(serde_json::from_str::<ConfigFile>(&text).unwrap().shape().unwrap(), shape, "{text}");
+        }
+    }
+
+    #[test]
+    fn rope_scaling_is_written_as_hugging_face_reads_it() {
+        let text = r#"{"rope_type":"llama3","factor":8.0,"low_freq_factor":1.0,"high_freq_factor":4.0,"original_max_position_embeddings":8192}"#;
+        let scaling: RopeScaling = serde_json::from_str(text).unwrap();
+        assert_eq!(serde_json::to_string(&scaling).unwrap(), text);
+        assert_eq!(serde_json::from_str::<RopeScaling>(r#"{"rope_type":"default"}"#).unwrap(), RopeScaling::None);
+    }
 }

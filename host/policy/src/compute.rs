@@ -6,10 +6,11 @@ use burn::prelude::{Device, Tensor};
 use fulgurite_core::id::PolicyVersion;
 
 use crate::backprop::{Tape, Transposed};
-use crate::decoder::{Decoder, RotaryTable};
+use crate::decoder::Decoder;
 use crate::error::PolicyError;
 use crate::model::Model;
 use crate::parameters::{Parameters, Values};
+use crate::rotary::RotaryTable;
 
 /// Weights as the kernels want them, shared by the workers.
 #[derive(Debug)]
@@ -34,6 +35,11 @@ impl PackedModels {
             transposed: tracked.then(|| Transposed::new(parameters)),
             reference: reference.map(pack),
         }
+    }
+
+    /// The trained weights.
+    pub(crate) fn decoder(&self) -> &Decoder {
+        &self.decoder
     }
 }
 

@@ -1,8 +1,9 @@
-//! The policy's config and the shape of the model that follows from it.
+//! The policy's config, from which a new model's [shape](ModelShape) follows.
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::PolicyError;
+use crate::shape::{ModelShape, RopeScaling};
 
 /// Sizes that a policy starts from.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -123,37 +124,7 @@ impl Default for PolicyConfig {
     }
 }
 
-/// Sizes of one model.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct ModelShape {
-    /// Width of the residual stream.
-    pub d_model: usize,
-    /// Decoder layers.
-    pub layers: usize,
-    /// Query heads.
-    pub heads: usize,
-    /// Key and value heads.
-    pub kv_heads: usize,
-    /// Width of one head.
-    pub head_dim: usize,
-    /// Width of the feed-forward part.
-    pub d_ff: usize,
-    /// Token ids.
-    pub vocabulary: usize,
-    /// Tokens of prompt and completion together.
-    pub context_tokens_max: usize,
-    /// Base of the rotary embedding's frequencies.
-    pub rope_theta: f64,
-    /// Added to the mean square in every norm.
-    pub rms_norm_epsilon: f64,
-    /// Whether the output projection is the embedding's transpose.
-    pub tie_embeddings: bool,
-}
-
-/// Head widths are multiples of this, so that every kernel works on whole vectors.
-pub(crate) const HEAD_DIM_MULTIPLE: usize = 16;
-
-fn invalid(field: &'static str, value: impl std::fmt::Display, reason: &str) -> PolicyError {
+pub(crate) fn invalid(field: &'static str, value: impl std::fmt::Display, reason: &str) -> PolicyError {
     PolicyError::InvalidConfig { field, value: value.to_string(), reason: reason.to_owned() }
 }
 
@@ -171,13 +142,18 @@ impl PolicyConfig {
             layers: self.layers.unwrap_or(4),
             heads,
             kv_heads: self.kv_heads.unwrap_or(heads),
-            head_dim: d_model.checked_div(heads).unwrap_or(0),
+            head_dim: Self::head_dim(d_model, heads)?,
             d_ff: self.d_ff.unwrap_or(352),
             vocabulary,
             context_tokens_max: self.context_tokens_max.unwrap_or(128),
             rope_theta: self.rope_theta.unwrap_or(10_000.0),
             rms_norm_epsilon: self.rms_norm_epsilon.unwrap_or(1e-5),
             tie_embeddings: self.tie_embeddings.unwrap_or(false),
+            attention_bias: false,
+            attention_out_bias: false,
+            qk_norm: false,
+            rope_scaling: RopeScaling::None,
+            sliding_window: None,
         };
         if !(self.initial_std.is_finite() && self.initial_std > 0.0) {
             return Err(invalid("initial_std", self.initial_std, "use a positive number"));
@@ -198,65 +174,20 @@ impl PolicyConfig {
         Ok(shape)
     }
 
+    /// Width of a head when all heads together are as wide as the residual stream.
+    fn head_dim(d_model: usize, heads: usize) -> Result<usize, PolicyError> {
+        if heads == 0 || !d_model.is_multiple_of(heads) {
+            return Err(invalid("heads", heads, "it must divide `d_model`"));
+        }
+        Ok(d_model / heads)
+    }
+
     /// Threads to use: the config's number, or one per core.
     pub(crate) fn thread_count(&self) -> usize {
         match self.threads {
             0 => std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
             threads => threads,
         }
-    }
-}
-
-impl ModelShape {
-    /// Checks that the sizes fit one another. Also run on a checkpoint's `config.json`.
-    ///
-    /// # Errors
-    /// Names the first field that does not fit.
-    pub fn check(&self) -> Result<(), PolicyError> {
-        let sizes = [
-            ("d_model", self.d_model, 16_384),
-            ("layers", self.layers, 256),
-            ("heads", self.heads, 256),
-            ("kv_heads", self.kv_heads, 256),
-            ("head_dim", self.head_dim, 512),
-            ("d_ff", self.d_ff, 65_536),
-            ("vocabulary", self.vocabulary, 1 << 20),
-            ("context_tokens_max", self.context_tokens_max, 1 << 20),
-        ];
-        for (field, value, max) in sizes {
-            if value == 0 || value > max {
-                return Err(invalid(field, value, &format!("use 1 to {max}")));
-            }
-        }
-        if self.context_tokens_max < 2 {
-            return Err(invalid("context_tokens_max", self.context_tokens_max, "use at least 2"));
-        }
-        if !self.heads.is_multiple_of(self.kv_heads) {
-            return Err(invalid("kv_heads", self.kv_heads, "it must divide `heads`"));
-        }
-        if !self.head_dim.is_multiple_of(HEAD_DIM_MULTIPLE) {
-            return Err(invalid("head_dim", self.head_dim, "d_model / heads must be a multiple of 16"));
-        }
-        if self.head_dim * self.heads != self.d_model {
-            return Err(invalid("d_model", self.d_model, "it must be a multiple of `heads`"));
-        }
-        if !(self.rope_theta.is_finite() && self.rope_theta > 1.0) {
-            return Err(invalid("rope_theta", self.rope_theta, "use a number above 1"));
-        }
-        if !(self.rms_norm_epsilon.is_finite() && self.rms_norm_epsilon > 0.0) {
-            return Err(invalid("rms_norm_epsilon", self.rms_norm_epsilon, "use a positive number"));
-        }
-        Ok(())
-    }
-
-    /// Width of all query heads together; equals `d_model`.
-    pub(crate) fn query_width(&self) -> usize {
-        self.heads * self.head_dim
-    }
-
-    /// Width of all key heads together.
-    pub(crate) fn kv_width(&self) -> usize {
-        self.kv_heads * self.head_dim
     }
 }
 
@@ -280,6 +211,7 @@ mod tests {
         assert!(refused(PolicyConfig { kv_heads: Some(3), ..base() }).contains("`kv_heads`"));
         assert!(refused(PolicyConfig { heads: Some(0), ..base() }).contains("`heads`"));
         assert!(refused(PolicyConfig { d_model: Some(100), ..base() }).contains("`head_dim`"));
+        assert!(refused(PolicyConfig { d_model: Some(102), ..base() }).contains("`heads`"));
         assert!(refused(PolicyConfig { context_tokens_max: Some(0), ..base() }).contains("`context_tokens_max`"));
         assert!(refused(PolicyConfig { initial_std: f32::NAN, ..base() }).contains("`initial_std`"));
         let unknown = serde_json::from_str::<PolicyConfig>(r#"{"d_modell": 3}"#).unwrap_err();

@@ -6,9 +6,10 @@ use std::sync::Arc;
 use fulgurite_core::id::PolicyVersion;
 
 use crate::attention_kernel::{Attention, LayerCache};
-use crate::config::ModelShape;
 use crate::kernel::{self, Packed};
-use crate::parameters::{LAYER_TENSORS, Parameters};
+use crate::parameters::{Layout, Parameters};
+use crate::rotary::RotaryTable;
+use crate::shape::ModelShape;
 
 /// One published version of the weights, ready for sampling. Immutable.
 #[derive(Debug)]
@@ -25,50 +26,43 @@ pub(crate) struct Decoder {
 #[derive(Debug)]
 pub(crate) struct Layer {
     pub(crate) attention_norm: Vec<f32>,
-    pub(crate) query_key_value: Packed,
-    pub(crate) attention_out: Packed,
+    query_key_value: Packed,
+    /// Biases of query, key and value.
+    biases: Option<Vec<f32>>,
+    /// Norms of each head's query and key.
+    pub(crate) head_norms: Option<[Vec<f32>; 2]>,
+    attention_out: Packed,
+    out_bias: Option<Vec<f32>>,
     pub(crate) mlp_norm: Vec<f32>,
     pub(crate) gate_up: Packed,
     pub(crate) down: Packed,
 }
 
-/// Cosines and sines of every position, `[context, head_dim / 2]` each.
-#[derive(Debug)]
-pub(crate) struct RotaryTable {
-    half: usize,
-    cosines: Vec<f32>,
-    sines: Vec<f32>,
-}
-
-impl RotaryTable {
-    /// The table of a shape. Angles are taken in f64, as the training side does.
-    pub(crate) fn new(shape: &ModelShape) -> Self {
-        let half = shape.head_dim / 2;
-        let angle =
-            |position: usize, i: usize| position as f64 / shape.rope_theta.powf(2.0 * i as f64 / shape.head_dim as f64);
-        let table = |f: fn(f64) -> f64| -> Vec<f32> {
-            (0..shape.context_tokens_max)
-                .flat_map(|position| (0..half).map(move |i| (position, i)))
-                .map(|(position, i)| {
-                    #[expect(clippy::cast_possible_truncation, reason = "the model computes in f32")]
-                    let value = f(angle(position, i)) as f32;
-                    value
-                })
-                .collect()
-        };
-        Self { half, cosines: table(f64::cos), sines: table(f64::sin) }
+impl Layer {
+    /// Queries, keys and values of normed rows, before norms of heads and rotation.
+    pub(crate) fn project(&self, normed: &[f32], out: &mut [f32]) {
+        kernel::multiply::<false>(normed, &self.query_key_value, out);
+        if let Some(biases) = &self.biases {
+            kernel::add_bias(out, biases);
+        }
     }
 
-    /// Cosines and sines of the first `length` positions, `[length, head_dim / 2]` each.
-    pub(crate) fn first(&self, length: usize) -> (&[f32], &[f32]) {
-        let end = length * self.half;
-        (self.cosines.get(..end).unwrap_or_default(), self.sines.get(..end).unwrap_or_default())
+    /// Normalises the heads of what [`project`](Self::project) gave, in a model that does.
+    pub(crate) fn normalise_heads(&self, projected: &mut [f32], shape: &ModelShape) {
+        if let Some([query_norm, key_norm]) = &self.head_norms {
+            let (query, kv) = (shape.query_width(), shape.kv_width());
+            let (width, epsilon) = (query + 2 * kv, shape.epsilon());
+            kernel::head_norm(projected, width, 0..query, query_norm, epsilon);
+            kernel::head_norm(projected, width, query..query + kv, key_norm, epsilon);
+        }
     }
 
-    /// Cosines and sines of one position, `[head_dim / 2]` each.
-    pub(crate) fn at(&self, position: usize) -> (&[f32], &[f32]) {
-        let range = position * self.half..(position + 1) * self.half;
-        (self.cosines.get(range.clone()).unwrap_or_default(), self.sines.get(range).unwrap_or_default())
+    /// Adds the output of attention to the residual stream.
+    pub(crate) fn add_attention(&self, mixed: &[f32], x: &mut [f32]) {
+        kernel::multiply::<true>(mixed, &self.attention_out, x);
+        if let Some(bias) = &self.out_bias {
+            kernel::add_bias(x, bias);
+        }
     }
 }
 
@@ -123,23 +117,26 @@ impl Decoder {
         let shape = parameters.shape.clone();
         let tensor = |at: usize| parameters.values.get(at).map_or(&[][..], Vec::as_slice);
         let (d, ff, query, kv) = (shape.d_model, shape.d_ff, shape.query_width(), shape.kv_width());
+        let layout = Layout::new(&shape);
         let layers = (0..shape.layers)
             .map(|layer| {
-                let tensor = |part: usize| tensor(1 + layer * LAYER_TENSORS + part);
+                let tensor = |part: usize| tensor(layout.layer(layer) + part);
                 Layer {
                     attention_norm: tensor(0).to_vec(),
                     query_key_value: Packed::new(d, &[(tensor(1), query), (tensor(2), kv), (tensor(3), kv)]),
+                    biases: layout.biases.map(|parts| parts.map(tensor).concat()),
+                    head_norms: layout.head_norms.map(|parts| parts.map(|part| tensor(part).to_vec())),
                     attention_out: Packed::new(query, &[(tensor(4), d)]),
+                    out_bias: layout.out_bias.map(|part| tensor(part).to_vec()),
                     mlp_norm: tensor(5).to_vec(),
                     gate_up: Packed::new(d, &[(tensor(6), ff), (tensor(7), ff)]),
                     down: Packed::new(ff, &[(tensor(8), d)]),
                 }
             })
             .collect();
-        let last = 1 + shape.layers * LAYER_TENSORS;
+        let last = layout.norm();
         let head = if shape.tie_embeddings {
-            let transposed = crate::parameters::transpose(tensor(0), shape.vocabulary, d);
-            Packed::new(d, &[(&transposed, shape.vocabulary)])
+            Packed::transposed(shape.vocabulary, &[(tensor(0), d)])
         } else {
             Packed::new(d, &[(tensor(last + 1), shape.vocabulary)])
         };
@@ -152,8 +149,7 @@ impl Decoder {
     pub(crate) fn forward(&self, rows: &[Row], caches: &mut [&mut KvCache], scratch: &mut Scratch) {
         let shape = &self.shape;
         let (d, query, kv, dim) = (shape.d_model, shape.query_width(), shape.kv_width(), shape.head_dim);
-        #[expect(clippy::cast_possible_truncation, reason = "the model computes in f32")]
-        let epsilon = shape.rms_norm_epsilon as f32;
+        let epsilon = shape.epsilon();
         let count = rows.len();
 
         let x = resized(&mut scratch.x, count * d);
@@ -171,9 +167,10 @@ impl Decoder {
         for (index, layer) in self.layers.iter().enumerate() {
             let normed = resized(&mut scratch.normed, count * d);
             kernel::rms_norm(&scratch.x, &layer.attention_norm, epsilon, normed);
-            let width = layer.query_key_value.width();
+            let width = query + 2 * kv;
             let wide = resized(&mut scratch.wide, count * width);
-            kernel::multiply::<false>(normed, &layer.query_key_value, wide);
+            layer.project(normed, wide);
+            layer.normalise_heads(wide, shape);
             for ((row, position), projected) in rows.iter().zip(&scratch.positions).zip(wide.chunks_exact_mut(width)) {
                 let (rotated, values) = projected.split_at_mut(query + kv);
                 let (cosines, sines) = self.rotary.at(*position);
@@ -192,11 +189,11 @@ impl Decoder {
                 let (queries, _) = projected.split_at(query);
                 if let Some(cache) = caches.get(row.cache).and_then(|cache| cache.layers.get(index)) {
                     let length = position + 1;
-                    let scores = &mut scratch.scores;
-                    Attention { query: queries, cache, length, dim, kv_width: kv, scores, out }.run();
+                    let (first, scores) = (shape.window_start(length), &mut scratch.scores);
+                    Attention { query: queries, cache, first, length, dim, kv_width: kv, scores, out }.run();
                 }
             }
-            kernel::multiply::<true>(mixed, &layer.attention_out, &mut scratch.x);
+            layer.add_attention(mixed, &mut scratch.x);
 
             let normed = resized(&mut scratch.normed, count * d);
             kernel::rms_norm(&scratch.x, &layer.mlp_norm, epsilon, normed);
@@ -211,8 +208,7 @@ impl Decoder {
     /// Logits (`[rows, vocabulary]`, in `scratch.logits`) of some rows of the last [`forward`](Self::forward).
     pub(crate) fn logits(&self, rows: impl Iterator<Item = usize>, scratch: &mut Scratch) {
         let d = self.shape.d_model;
-        #[expect(clippy::cast_possible_truncation, reason = "the model computes in f32")]
-        let epsilon = self.shape.rms_norm_epsilon as f32;
+        let epsilon = self.shape.epsilon();
         scratch.mixed.clear();
         for row in rows {
             scratch.mixed.extend_from_slice(scratch.x.get(row * d..(row + 1) * d).unwrap_or_default());

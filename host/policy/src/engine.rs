@@ -17,14 +17,16 @@ use fulgurite_core::training::{
 use tokio::sync::{mpsc, oneshot};
 
 use crate::checkpoint::{self, Checkpoint, CheckpointView};
-use crate::config::{ModelShape, PolicyConfig};
-use crate::decoder::{Decoder, RotaryTable};
+use crate::config::PolicyConfig;
+use crate::decoder::Decoder;
 use crate::error::PolicyError;
 use crate::generate::{Generator, SchedulerLimits};
 use crate::loss::Normalisers;
 use crate::optimiser::{AdamW, gradient_norm};
 use crate::parameters::{Parameters, Values};
+use crate::rotary::RotaryTable;
 use crate::session::PolicyBackend;
+use crate::shape::ModelShape;
 use crate::tokenizer::PolicyTokenizer;
 use crate::train::{BatchRunner, Objective, Outcome, add, check_loss, check_rows};
 
@@ -116,7 +118,36 @@ impl PolicyEngine {
     /// When the config does not fit itself or this build, or a thread cannot be started.
     pub fn create(config: &PolicyConfig, tokenizer: PolicyTokenizer, seed: Seed) -> Result<Self, PolicyError> {
         let shape = config.shape(tokenizer.vocabulary())?;
-        let parameters = Parameters::initial(&shape, config.initial_std, seed);
+        Self::from_parameters(config, tokenizer, Parameters::initial(&shape, config.initial_std, seed))
+    }
+
+    /// A policy that starts from a model's tensors. Of `config` only the device and the limits count. The tokenizer may have
+    /// fewer ids than the model: many models' embeddings are padded.
+    ///
+    /// `found` has the name and sizes of every tensor in the model's files, by Hugging Face's names and in its layout
+    /// (`[out, in]` for projections). They are all checked before `read` is asked for the first tensor's values; it is asked
+    /// for each once.
+    ///
+    /// # Errors
+    /// When the shape, the tensors ([`PolicyError::UnfitTensors`] names all that do not fit), the tokenizer or a limit do not
+    /// fit, or a thread cannot be started. Errors of `read` pass through.
+    pub fn from_tensors(
+        config: &PolicyConfig,
+        tokenizer: PolicyTokenizer,
+        shape: &ModelShape,
+        found: &BTreeMap<String, Vec<usize>>,
+        read: impl FnMut(&str) -> Result<Vec<f32>, PolicyError>,
+    ) -> Result<Self, PolicyError> {
+        // Checks device and limits; the shape itself is the model's.
+        config.shape(shape.vocabulary)?;
+        Self::from_parameters(config, tokenizer, Parameters::from_tensors(shape, found, read)?)
+    }
+
+    fn from_parameters(
+        config: &PolicyConfig,
+        tokenizer: PolicyTokenizer,
+        parameters: Parameters,
+    ) -> Result<Self, PolicyError> {
         let optimiser = AdamW::new(&parameters);
         let start =
             Checkpoint { parameters, optimiser, gradient: None, snapshots: BTreeMap::new(), version: PolicyVersion(0) };
@@ -138,7 +169,7 @@ impl PolicyEngine {
 
     fn start(config: &PolicyConfig, tokenizer: PolicyTokenizer, start: Checkpoint) -> Result<Self, PolicyError> {
         let shape = start.parameters.shape.clone();
-        if shape.vocabulary != tokenizer.vocabulary() {
+        if shape.vocabulary < tokenizer.vocabulary() {
             return Err(PolicyError::Tokenizer(format!(
                 "it has {} ids and the model {}",
                 tokenizer.vocabulary(),

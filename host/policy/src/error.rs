@@ -58,6 +58,9 @@ pub enum PolicyError {
         /// What is wrong with it.
         reason: String,
     },
+    /// A model's files have other tensors than its config asks for.
+    #[error("the tensors do not fit the model's config: {0}")]
+    UnfitTensors(String),
     /// The engine does not offer this yet.
     #[error("unsupported: {0}")]
     Unsupported(String),

@@ -12,8 +12,8 @@
 
 use pulp::{Simd, WithSimd};
 
-use crate::attention_kernel::{LayerCache, block_products, exponentiate};
-use crate::kernel::{PANEL, Packed, dispatch, exp, panels, sum_lanes};
+use crate::attention_kernel::{LayerCache, block_products, exponentiate, mix_rows, seen_blocks};
+use crate::kernel::{PANEL, Packed, dispatch, exp, panels, sum_lanes, sum_products};
 
 /// `out += xᵀ · dy`: the gradient of a weight. `x` is `[tokens, k]`, `dy` is packed `[tokens, n]`, `out` is `[k, n]`.
 pub(crate) fn add_outer(x: &[f32], k: usize, dy: &Packed, out: &mut [f32]) {
@@ -82,7 +82,7 @@ impl RmsNormBackward<'_> {
     /// Computes it.
     pub(crate) fn run(self) {
         let width = self.weight.len();
-        assert!(width.is_multiple_of(16) && self.d_weight.len() == width);
+        assert!(width > 0 && self.d_weight.len() == width);
         assert!(self.x.len() == self.dy.len() && self.x.len() == self.dx.len());
         dispatch(self);
     }
@@ -97,12 +97,17 @@ impl WithSimd for RmsNormBackward<'_> {
         let rows = self.x.chunks_exact(width).zip(self.dy.chunks_exact(width)).zip(self.dx.chunks_exact_mut(width));
         for ((x, dy), dx) in rows {
             let (mut squares, mut products) = ([0.0_f32; 16], [0.0_f32; 16]);
-            let chunks = x.as_chunks::<16>().0.iter().zip(dy.as_chunks::<16>().0).zip(self.weight.as_chunks::<16>().0);
-            for ((x, dy), weight) in chunks {
+            let ((xs, x_rest), (dys, dy_rest)) = (x.as_chunks::<16>(), dy.as_chunks::<16>());
+            let (weights, weight_rest) = self.weight.as_chunks::<16>();
+            for ((x, dy), weight) in xs.iter().zip(dys).zip(weights) {
                 for i in 0..16 {
                     squares[i] = x[i].mul_add(x[i], squares[i]);
                     products[i] = (dy[i] * weight[i]).mul_add(x[i], products[i]);
                 }
+            }
+            for (i, x) in x_rest.iter().enumerate() {
+                squares[i] = x.mul_add(*x, squares[i]);
+                products[i] = (dy_rest[i] * weight_rest[i]).mul_add(*x, products[i]);
             }
             let scale = 1.0 / (sum_lanes(squares) / width as f32 + self.epsilon).sqrt();
             let back = sum_lanes(products) * scale * scale * scale / width as f32;
@@ -176,6 +181,8 @@ pub(crate) struct AttentionBackward<'a> {
     /// Its gradient.
     pub(crate) d_mixed: &'a [f32],
     pub(crate) dim: usize,
+    /// Positions that each attends to, itself included.
+    pub(crate) window: usize,
     pub(crate) query_width: usize,
     pub(crate) kv_width: usize,
     pub(crate) scratch: &'a mut AttentionScratch,
@@ -201,7 +208,7 @@ impl AttentionBackward<'_> {
         assert!(self.projected.len() == length * width && self.d_projected.len() == self.projected.len());
         assert!(self.mixed.len() == length * self.query_width && self.d_mixed.len() == self.mixed.len());
         assert!(self.cache.keys.len() >= blocks * self.kv_width && self.mirror.keys.len() >= blocks * self.kv_width);
-        assert!(self.dim.is_multiple_of(16) && self.query_width.is_multiple_of(self.kv_width));
+        assert!(self.dim > 0 && self.window > 0 && self.query_width.is_multiple_of(self.kv_width));
         for (buffer, len) in [
             (&mut self.scratch.scores, blocks),
             (&mut self.scratch.d_scores, blocks),
@@ -246,40 +253,27 @@ impl AttentionBackward<'_> {
                 let query = &self.projected[at * width + first..][..dim];
                 let mixed = &self.mixed[at * query_width + first..][..dim];
                 let d_mixed = &self.d_mixed[at * query_width + first..][..dim];
-                let seen = at + 1;
-                let blocks = seen.div_ceil(PANEL) * PANEL;
-                let scores = &mut self.scratch.scores[..blocks];
-                block_products::<S, V>(simd, query, scale, &self.cache.keys, head_first, kv_width, scores);
-                let inverse = exponentiate(scores, seen);
-                let d_scores = &mut self.scratch.d_scores[..blocks];
-                block_products::<S, V>(simd, d_mixed, 1.0, &self.mirror.keys, head_first, kv_width, d_scores);
-                let mut lanes = [0.0_f32; 16];
-                for (a, b) in mixed.as_chunks::<16>().0.iter().zip(d_mixed.as_chunks::<16>().0) {
-                    for i in 0..16 {
-                        lanes[i] = a[i].mul_add(b[i], lanes[i]);
-                    }
-                }
-                let mean = sum_lanes(lanes);
+                let first_seen = (at + 1).saturating_sub(self.window);
+                let (block, count, seen) = seen_blocks(first_seen, at + 1);
+                let blocks_from = block * PANEL * kv_width;
+                let (keys, values) = (&self.cache.keys[blocks_from..], &self.mirror.keys[blocks_from..]);
+                let scores = &mut self.scratch.scores[..count];
+                block_products::<S, V>(simd, query, scale, keys, head_first, kv_width, scores);
+                let inverse = exponentiate(scores, seen.clone());
+                let d_scores = &mut self.scratch.d_scores[..count];
+                block_products::<S, V>(simd, d_mixed, 1.0, values, head_first, kv_width, d_scores);
+                let mean = sum_products(mixed, d_mixed);
                 // Softmax's backward: p (d_p - Σ p d_p), and Σ p d_p = mixed · d_mixed.
                 for (score, d_score) in scores.iter_mut().zip(d_scores.iter_mut()) {
                     *score *= inverse;
                     *d_score = *score * (*d_score - mean) * scale;
                 }
                 let d_query = &mut self.d_projected[at * width + first..][..dim];
-                for (part, out) in d_query.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-                    let from = head_first + part * 16;
-                    let mut sums = [simd.splat_f32s(0.0); D];
-                    for (d_score, keys) in d_scores[..seen].iter().zip(self.mirror.values.chunks_exact(kv_width)) {
-                        let d_score = simd.splat_f32s(*d_score);
-                        let (keys, _) = S::as_simd_f32s(&keys[from..from + 16]);
-                        for d in 0..D {
-                            sums[d] = simd.mul_add_f32s(d_score, keys[d], sums[d]);
-                        }
-                    }
-                    S::as_mut_simd_f32s(out).0.copy_from_slice(&sums);
-                }
-                add_scaled::<S>(simd, &d_scores[..seen], query, &mut self.scratch.d_keys);
-                add_scaled::<S>(simd, &scores[..seen], d_mixed, &mut self.scratch.d_values);
+                let keys = &self.mirror.values[first_seen * kv_width..];
+                mix_rows::<S, D>(simd, &d_scores[seen.clone()], keys, kv_width, head_first, d_query);
+                let rows = first_seen * dim..;
+                add_scaled::<S>(simd, &d_scores[seen.clone()], query, &mut self.scratch.d_keys[rows.clone()]);
+                add_scaled::<S>(simd, &scores[seen], d_mixed, &mut self.scratch.d_values[rows]);
             }
             // Heads of a group share keys and values: their gradients add up.
             let rows = self.d_projected.chunks_exact_mut(width);
@@ -299,11 +293,27 @@ impl AttentionBackward<'_> {
 /// Adds `scales[s] * x` to row `s` of `rows`.
 #[inline(always)]
 fn add_scaled<S: Simd>(simd: S, scales: &[f32], x: &[f32], rows: &mut [f32]) {
-    let (x, _) = S::as_simd_f32s(x);
-    for (scale, row) in scales.iter().zip(rows.chunks_exact_mut(x.len() * S::F32_LANES)) {
-        let scale = simd.splat_f32s(*scale);
-        for (slot, x) in S::as_mut_simd_f32s(row).0.iter_mut().zip(x) {
-            *slot = simd.mul_add_f32s(scale, *x, *slot);
+    let width = x.len();
+    let (x, x_rest) = S::as_simd_f32s(x);
+    for (scale, row) in scales.iter().zip(rows.chunks_exact_mut(width)) {
+        let (row, row_rest) = S::as_mut_simd_f32s(row);
+        let wide = simd.splat_f32s(*scale);
+        for (slot, x) in row.iter_mut().zip(x) {
+            *slot = simd.mul_add_f32s(wide, *x, *slot);
+        }
+        for (slot, x) in row_rest.iter_mut().zip(x_rest) {
+            *slot = scale.mul_add(*x, *slot);
+        }
+    }
+}
+
+/// Adds the sum of rows to `out`: the gradient of a bias. Rows are `width` wide, and `out` stands for their columns from
+/// `first` on.
+pub(crate) fn add_rows(dy: &[f32], width: usize, first: usize, out: &mut [f32]) {
+    assert!(dy.len().is_multiple_of(width) && first + out.len() <= width);
+    for row in dy.chunks_exact(width) {
+        for (slot, value) in out.iter_mut().zip(&row[first..]) {
+            *slot += value;
         }
     }
 }

@@ -15,6 +15,8 @@
     reason = "sizes are checked at each kernel's entry; the inner loops must not branch"
 )]
 
+use std::ops::Range;
+
 use pulp::{Simd, WithSimd};
 
 /// Columns of one packed panel; a whole number of vectors on every machine.
@@ -214,7 +216,7 @@ pub(crate) fn sum_lanes(lanes: [f32; 16]) -> f32 {
 
 /// Writes `x / rms(x) * weight` per row of `weight`'s length.
 pub(crate) fn rms_norm(x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) {
-    assert!(x.len() == out.len() && x.len().is_multiple_of(weight.len()) && weight.len().is_multiple_of(16));
+    assert!(x.len() == out.len() && x.len().is_multiple_of(weight.len()));
     dispatch(RmsNorm { x, weight, epsilon, out });
 }
 
@@ -232,16 +234,72 @@ impl WithSimd for RmsNorm<'_> {
     fn with_simd<S: Simd>(self, _: S) {
         let width = self.weight.len();
         for (x, out) in self.x.chunks_exact(width).zip(self.out.chunks_exact_mut(width)) {
-            let mut lanes = [0.0_f32; 16];
-            for chunk in x.as_chunks::<16>().0 {
-                for i in 0..16 {
-                    lanes[i] = chunk[i].mul_add(chunk[i], lanes[i]);
-                }
-            }
-            let scale = 1.0 / (sum_lanes(lanes) / width as f32 + self.epsilon).sqrt();
+            let scale = inverse_rms(x, self.epsilon);
             for ((out, x), weight) in out.iter_mut().zip(x).zip(self.weight) {
                 *out = x * scale * weight;
             }
+        }
+    }
+}
+
+/// `1 / rms(x)`.
+#[inline(always)]
+fn inverse_rms(x: &[f32], epsilon: f32) -> f32 {
+    1.0 / (sum_products(x, x) / x.len() as f32 + epsilon).sqrt()
+}
+
+/// `Σ a b` in 16 lanes.
+#[inline(always)]
+pub(crate) fn sum_products(a: &[f32], b: &[f32]) -> f32 {
+    let mut lanes = [0.0_f32; 16];
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<16>(), b.as_chunks::<16>());
+    for (a, b) in a.iter().zip(b) {
+        for i in 0..16 {
+            lanes[i] = a[i].mul_add(b[i], lanes[i]);
+        }
+    }
+    for ((a, b), lane) in a_rest.iter().zip(b_rest).zip(&mut lanes) {
+        *lane = a.mul_add(*b, *lane);
+    }
+    sum_lanes(lanes)
+}
+
+/// [`rms_norm`] in place of each head: `columns` of every row of `width` are heads of `weight`'s length.
+pub(crate) fn head_norm(rows: &mut [f32], width: usize, columns: Range<usize>, weight: &[f32], epsilon: f32) {
+    assert!(rows.len().is_multiple_of(width) && columns.end <= width && columns.len().is_multiple_of(weight.len()));
+    dispatch(HeadNorm { rows, width, columns, weight, epsilon });
+}
+
+struct HeadNorm<'a> {
+    rows: &'a mut [f32],
+    width: usize,
+    columns: Range<usize>,
+    weight: &'a [f32],
+    epsilon: f32,
+}
+
+impl WithSimd for HeadNorm<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for row in self.rows.chunks_exact_mut(self.width) {
+            for head in row[self.columns.clone()].chunks_exact_mut(self.weight.len()) {
+                let scale = inverse_rms(head, self.epsilon);
+                for (x, weight) in head.iter_mut().zip(self.weight) {
+                    *x = *x * scale * weight;
+                }
+            }
+        }
+    }
+}
+
+/// Adds a bias to every row of its length.
+pub(crate) fn add_bias(rows: &mut [f32], bias: &[f32]) {
+    assert!(!bias.is_empty() && rows.len().is_multiple_of(bias.len()));
+    for row in rows.chunks_exact_mut(bias.len()) {
+        for (slot, bias) in row.iter_mut().zip(bias) {
+            *slot += bias;
         }
     }
 }
@@ -454,15 +512,21 @@ mod tests {
         let want: f64 = scaled.iter().map(|p| -f64::from(*p) * f64::from(*p).ln()).sum();
         assert!((f64::from(entropy) - want).abs() < 1e-5);
 
-        let (x, weight) = (draws(64, 7), draws(32, 8));
-        let mut out = vec![0.0; 64];
-        rms_norm(&x, &weight, 1e-5, &mut out);
-        for row in 0..2 {
-            let mean = x[row * 32..][..32].iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / 32.0;
-            for i in 0..32 {
-                let want = f64::from(x[row * 32 + i]) / (mean + 1e-5).sqrt() * f64::from(weight[i]);
-                assert!((f64::from(out[row * 32 + i]) - want).abs() < 1e-6);
+        for width in [32, 8, 41] {
+            let (x, weight) = (draws(2 * width, 7), draws(width, 8));
+            let mut out = vec![0.0; 2 * width];
+            rms_norm(&x, &weight, 1e-5, &mut out);
+            for row in 0..2 {
+                let mean = x[row * width..][..width].iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / width as f64;
+                for i in 0..width {
+                    let want = f64::from(x[row * width + i]) / (mean + 1e-5).sqrt() * f64::from(weight[i]);
+                    assert!((f64::from(out[row * width + i]) - want).abs() < 1e-6);
+                }
             }
+            // The same norm in place, of the heads in the middle of a wider row.
+            let mut wide = [&[9.0], &x[..], &[9.0]].concat();
+            head_norm(&mut wide, 2 * width + 2, 1..2 * width + 1, &weight, 1e-5);
+            assert_eq!(wide, [&[9.0], &out[..], &[9.0]].concat());
         }
     }
 }

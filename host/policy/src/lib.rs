@@ -1,4 +1,4 @@
-//! The policy: a small Llama-family language model that is sampled from and trained in one place.
+//! The policy: a language model of the Llama family (Llama, Mistral, Qwen2, Qwen3) that is sampled from and trained in one place.
 //!
 //! [`PolicyEngine`] is a cheap handle to it. Its [`backend`](PolicyEngine::backend) answers the LLM calls of live
 //! rollouts, its training verbs take [rows](fulgurite_core::training::TrainingRow), and both use the same weights. All
@@ -23,6 +23,8 @@
 //! # }
 //! ```
 
+#[cfg(test)]
+mod architecture_tests;
 mod attention_kernel;
 mod backprop;
 mod checkpoint;
@@ -33,20 +35,25 @@ mod engine;
 mod error;
 mod generate;
 mod gradient_kernel;
+mod inference;
 mod kernel;
 mod loss;
 mod model;
 mod optimiser;
 mod parameters;
+mod rotary;
 mod sampler;
 mod session;
+mod shape;
 mod template;
 mod tokenizer;
 mod train;
 #[cfg(test)]
 mod train_tests;
 
-pub use config::{ModelShape, PolicyConfig, PolicyDevice, Preset};
+pub use config::{PolicyConfig, PolicyDevice, Preset};
 pub use engine::{EncodedDemonstration, EngineStatistics, PolicyEngine};
 pub use error::PolicyError;
+pub use inference::{CrossEntropy, Greedy, Inference};
+pub use shape::{Architecture, ModelShape, RopeScaling};
 pub use tokenizer::{PolicyTokenizer, TokenizerConfig};

@@ -7,9 +7,9 @@ use burn::prelude::*;
 use burn::tensor::TensorData;
 use burn::tensor::activation::{silu, softmax};
 
-use crate::config::ModelShape;
-use crate::decoder::RotaryTable;
 use crate::parameters::{Parameters, Values};
+use crate::rotary::RotaryTable;
+use crate::shape::ModelShape;
 
 /// Stands for minus infinity in masked scores: `exp` of it is 0 and no difference of two is undefined.
 const MASKED: f32 = -1e9;
@@ -33,6 +33,11 @@ struct Layer {
     gate: Tensor<2>,
     up: Tensor<2>,
     down: Tensor<2>,
+    /// Of query, key and value.
+    biases: Option<[Tensor<1>; 3]>,
+    out_bias: Option<Tensor<1>>,
+    /// Of each head's query and key.
+    head_norms: Option<[Tensor<1>; 2]>,
 }
 
 /// What a micro-batch of one length shares: rotary tables and the causal mask.
@@ -65,8 +70,9 @@ impl Model {
     /// Copies the master weights to a device. `tracked` weights gather gradients.
     pub(crate) fn new(parameters: &Parameters, device: &Device, tracked: bool) -> Self {
         let mut reader = Reader { parameters, at: 0, device, tracked };
+        let shape = &parameters.shape;
         let embedding = reader.next();
-        let layers = (0..parameters.shape.layers)
+        let layers = (0..shape.layers)
             .map(|_| Layer {
                 attention_norm: reader.next(),
                 query: reader.next(),
@@ -77,6 +83,9 @@ impl Model {
                 gate: reader.next(),
                 up: reader.next(),
                 down: reader.next(),
+                biases: shape.attention_bias.then(|| [reader.next(), reader.next(), reader.next()]),
+                out_bias: shape.attention_out_bias.then(|| reader.next()),
+                head_norms: shape.qk_norm.then(|| [reader.next(), reader.next()]),
             })
             .collect();
         let norm = reader.next();
@@ -99,7 +108,7 @@ impl Model {
         let mut x = self.embedding.clone().select(0, ids);
         for layer in &self.layers {
             let normed = rms_norm(x.clone(), &layer.attention_norm, self.shape.rms_norm_epsilon);
-            x = x + layer.attend(normed, &self.shape, rows, length, &positions);
+            x = x + layer.attend(&normed, &self.shape, rows, length, &positions);
             let normed = rms_norm(x.clone(), &layer.mlp_norm, self.shape.rms_norm_epsilon);
             let gate = silu(normed.clone().matmul(layer.gate.clone()));
             x = x + (gate * normed.matmul(layer.up.clone())).matmul(layer.down.clone());
@@ -143,6 +152,10 @@ impl Model {
             for weight in [&layer.gate, &layer.up, &layer.down] {
                 add(weight.grad_remove(&mut gradients).map(Tensor::into_data))?;
             }
+            let biases = layer.biases.iter().flatten().chain(&layer.out_bias);
+            for weight in biases.chain(layer.head_norms.iter().flatten()) {
+                add(weight.grad_remove(&mut gradients).map(Tensor::into_data))?;
+            }
         }
         add(self.norm.grad_remove(&mut gradients).map(Tensor::into_data))?;
         if let Some(head) = &self.head {
@@ -153,16 +166,43 @@ impl Model {
 }
 
 impl Layer {
-    fn attend(&self, x: Tensor<2>, shape: &ModelShape, rows: usize, length: usize, positions: &Positions) -> Tensor<2> {
+    fn attend(
+        &self,
+        x: &Tensor<2>,
+        shape: &ModelShape,
+        rows: usize,
+        length: usize,
+        positions: &Positions,
+    ) -> Tensor<2> {
         let (heads, kv_heads, dim) = (shape.heads, shape.kv_heads, shape.head_dim);
         let split = |x: Tensor<2>, heads| x.reshape([rows, length, heads, dim]).swap_dims(1, 2);
-        let query = positions.rotate(split(x.clone().matmul(self.query.clone()), heads));
-        let key = repeat(positions.rotate(split(x.clone().matmul(self.key.clone()), kv_heads)), heads / kv_heads);
-        let value = repeat(split(x.matmul(self.value.clone()), kv_heads), heads / kv_heads);
+        let project = |weight: &Tensor<2>, part: usize| {
+            let y = x.clone().matmul(weight.clone());
+            match self.biases.as_ref().and_then(|biases| biases.get(part)) {
+                Some(bias) => y + bias.clone().unsqueeze(),
+                None => y,
+            }
+        };
+        let normalise = |x: Tensor<2>, heads: usize, part: usize| {
+            match self.head_norms.as_ref().and_then(|norms| norms.get(part)) {
+                // As rows of one head each, which is how they lie in memory.
+                Some(norm) => rms_norm(x.reshape([rows * length * heads, dim]), norm, shape.rms_norm_epsilon)
+                    .reshape([rows * length, heads * dim]),
+                None => x,
+            }
+        };
+        let query = positions.rotate(split(normalise(project(&self.query, 0), heads, 0), heads));
+        let key = positions.rotate(split(normalise(project(&self.key, 1), kv_heads, 1), kv_heads));
+        let key = repeat(key, heads / kv_heads);
+        let value = repeat(split(project(&self.value, 2), kv_heads), heads / kv_heads);
         let query = query.mul_scalar(1.0 / (dim as f32).sqrt());
         let scores = query.matmul(key.swap_dims(2, 3)) + positions.masked.clone();
         let mixed = softmax(scores, 3).matmul(value);
-        mixed.swap_dims(1, 2).reshape([rows * length, heads * dim]).matmul(self.attention_out.clone())
+        let out = mixed.swap_dims(1, 2).reshape([rows * length, heads * dim]).matmul(self.attention_out.clone());
+        match &self.out_bias {
+            Some(bias) => out + bias.clone().unsqueeze(),
+            None => out,
+        }
     }
 }
 
@@ -175,8 +215,9 @@ impl Positions {
             let doubled: Vec<f32> = values.chunks_exact(half).flat_map(|row| [row, row].concat()).collect();
             Tensor::from_data(TensorData::new(doubled, [1, 1, length, shape.head_dim]), device)
         };
+        let is_seen = |q: usize, k: usize| (shape.window_start(q + 1)..=q).contains(&k);
         let masked: Vec<f32> =
-            (0..length).flat_map(|q| (0..length).map(move |k| if k > q { MASKED } else { 0.0 })).collect();
+            (0..length).flat_map(|q| (0..length).map(move |k| if is_seen(q, k) { 0.0 } else { MASKED })).collect();
         let masked = Tensor::from_data(TensorData::new(masked, [1, 1, length, length]), device);
         Self { cosines: table(cosines), sines: table(sines), masked }
     }

@@ -49,7 +49,7 @@ impl AdamW {
         let (beta_1, beta_2, decay) = narrow(BETA_1, BETA_2, 1.0 - step.learning_rate * step.weight_decay);
         let tensors = parameters.specs.iter().zip(&mut parameters.values).zip(gradient);
         for (((spec, weights), gradient), (first, second)) in tensors.zip(self.first.iter_mut().zip(&mut self.second)) {
-            let decay = if spec.kind == Kind::Norm { 1.0 } else { decay };
+            let decay = if matches!(spec.kind, Kind::Norm | Kind::Bias) { 1.0 } else { decay };
             for (((weight, gradient), first), second) in weights.iter_mut().zip(gradient).zip(first).zip(second) {
                 let gradient = gradient * scale;
                 *first = beta_1 * *first + (1.0 - beta_1) * gradient;

@@ -16,12 +16,13 @@ use fulgurite_core::training::{ForwardBackwardReport, LossSpec, PolicyLoss, RowL
 
 use crate::backprop::Tape;
 use crate::compute::{Compute, PackedModels};
-use crate::config::{ModelShape, PolicyConfig, PolicyDevice};
-use crate::decoder::RotaryTable;
+use crate::config::{PolicyConfig, PolicyDevice};
 use crate::error::PolicyError;
 use crate::kernel;
 use crate::loss::{self, Normalisers, TokenInput};
 use crate::parameters::{Parameters, Values};
+use crate::rotary::RotaryTable;
+use crate::shape::ModelShape;
 
 /// What to compute for a batch.
 #[derive(Debug, Clone)]

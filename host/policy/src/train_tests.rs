@@ -10,9 +10,9 @@ use fulgurite_core::seed::{Generator, Seed};
 use fulgurite_core::training::{Aggregation, KlEstimator, KlTerm, LossSpec, PolicyLoss, Stream, TrainingRow};
 
 use crate::config::{PolicyConfig, PolicyDevice};
-use crate::decoder::RotaryTable;
 use crate::loss::Normalisers;
 use crate::parameters::{Parameters, Values};
+use crate::rotary::RotaryTable;
 use crate::train::{BatchRunner, Objective, Outcome};
 
 const VOCABULARY: usize = 61;

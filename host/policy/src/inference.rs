@@ -1,0 +1,179 @@
+//! What a model says about given ids, without sessions, versions or an optimiser: to compare it with other programs, and
+//! to look at weights that are not trained.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use fulgurite_core::id::PolicyVersion;
+use fulgurite_core::training::{Aggregation, LossSpec, Stream, TrainingRow};
+
+use crate::compute::{Compute, PackedModels};
+use crate::config::{PolicyConfig, PolicyDevice};
+use crate::decoder::{KvCache, Row, Scratch};
+use crate::error::PolicyError;
+use crate::kernel;
+use crate::loss::Normalisers;
+use crate::optimiser::gradient_norm;
+use crate::parameters::Parameters;
+use crate::rotary::RotaryTable;
+use crate::shape::ModelShape;
+use crate::train::{BatchRunner, Objective, check_rows};
+
+/// Cross-entropy of given tokens.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CrossEntropy {
+    /// Mean of the negated log-probs (nats).
+    pub mean: f64,
+    /// Of each given token at temperature 1 (nats).
+    pub log_probs: Vec<f32>,
+    /// Euclidean norm, over all weights together, of the mean's gradient.
+    pub gradient_norm: f64,
+}
+
+/// The likeliest continuation.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Greedy {
+    /// Ids; an end token, if one came, is the last.
+    pub tokens: Vec<u32>,
+    /// Of each token at temperature 1 (nats).
+    pub log_probs: Vec<f32>,
+}
+
+/// Weights ready for questions about given ids. Every answer is a function of weights, device and ids alone.
+#[derive(Debug)]
+pub struct Inference {
+    parameters: Arc<Parameters>,
+    packed: PackedModels,
+    rotary: Arc<RotaryTable>,
+    runner: BatchRunner,
+    device: PolicyDevice,
+}
+
+impl Inference {
+    /// From a model's tensors; see [`PolicyEngine::from_tensors`](crate::PolicyEngine::from_tensors). Of `config` only the
+    /// device and the limits count.
+    ///
+    /// # Errors
+    /// When the shape, the tensors or a limit do not fit, or a thread cannot be started.
+    pub fn from_tensors(
+        config: &PolicyConfig,
+        shape: &ModelShape,
+        found: &BTreeMap<String, Vec<usize>>,
+        read: impl FnMut(&str) -> Result<Vec<f32>, PolicyError>,
+    ) -> Result<Self, PolicyError> {
+        config.shape(shape.vocabulary)?;
+        Self::new(config, Arc::new(Parameters::from_tensors(shape, found, read)?))
+    }
+
+    /// On checked weights.
+    pub(crate) fn new(config: &PolicyConfig, parameters: Arc<Parameters>) -> Result<Self, PolicyError> {
+        let rotary = Arc::new(RotaryTable::new(&parameters.shape));
+        let packed = PackedModels::new(&parameters, None, false, &rotary);
+        let runner = BatchRunner::new(config, rotary.clone())?;
+        Ok(Self { parameters, packed, rotary, runner, device: config.device })
+    }
+
+    /// Sizes of the model.
+    #[must_use]
+    pub fn shape(&self) -> &ModelShape {
+        &self.parameters.shape
+    }
+
+    /// Logits after each token from `from` on, as training's forward pass has them.
+    ///
+    /// # Shapes
+    /// - `ids`: 1 to `context_tokens_max`
+    /// - output: `[ids - from, vocabulary]`, rows one after the other; `from = ids.len() - 1` gives the last token's only
+    ///
+    /// # Errors
+    /// When an id is not of the vocabulary, there are too many, or `from` is not below their number.
+    pub fn logits(&self, ids: &[u32], from: usize) -> Result<Vec<f32>, PolicyError> {
+        self.check(ids, from, 0)?;
+        let sources: Vec<(usize, usize)> = (from..ids.len()).map(|at| (0, at)).collect();
+        let mut compute = match self.device {
+            PolicyDevice::Cpu => Compute::kernels(&self.packed, Box::default()),
+            PolicyDevice::Flex => Compute::burn(&self.parameters, None, false),
+        };
+        Ok(compute.forward(&[ids], &sources, ids.len(), &self.rotary)?.logits)
+    }
+
+    /// Cross-entropy of the tokens from `from` on, each given those before it.
+    ///
+    /// # Errors
+    /// As of [`logits`](Self::logits), and when `from` is 0: nothing stands before the first token.
+    pub fn cross_entropy(&self, ids: &[u32], from: usize) -> Result<CrossEntropy, PolicyError> {
+        self.check(ids, from, 1)?;
+        let len = ids.len();
+        let row = TrainingRow {
+            sequence: 0,
+            ids: ids.to_vec(),
+            mask: (0..len).map(|at| at >= from).collect(),
+            weights: vec![1.0; len],
+            behaviour_log_probs: vec![0.0; len],
+            old_log_probs: vec![],
+            stream: Stream::Ce,
+            temperature: 1.0,
+            policy_version: PolicyVersion::default(),
+        };
+        let rows = vec![row];
+        check_rows(self.shape(), &rows)?;
+        let spec = LossSpec { aggregation: Aggregation::TokenMean, ..LossSpec::default() };
+        let normalisers = Normalisers::new(&spec.aggregation, &rows)?;
+        let log_probs = self.runner.run(self.parameters.clone(), rows.clone(), Objective::Forward)?.log_probs;
+        let objective = Objective::Loss { spec, normalisers, reference: None };
+        let outcome = self.runner.run(self.parameters.clone(), rows, objective)?;
+        Ok(CrossEntropy {
+            mean: outcome.report.cross_entropy,
+            log_probs: log_probs.iter().flat_map(|row| row.log_probs.iter().skip(from).copied()).collect(),
+            gradient_norm: outcome.gradient.as_ref().map_or(0.0, gradient_norm),
+        })
+    }
+
+    /// The likeliest continuation of at most `count` tokens, which ends early after one of `ends` or when the context is
+    /// full. Of equally likely tokens the first is taken. Runs on the sampler's kernels with kept keys and values, on any
+    /// device.
+    ///
+    /// # Errors
+    /// As of [`logits`](Self::logits), and when logits are not numbers.
+    pub fn greedy(&self, ids: &[u32], count: usize, ends: &[u32]) -> Result<Greedy, PolicyError> {
+        self.check(ids, 0, 0)?;
+        let decoder = self.packed.decoder();
+        let (mut cache, mut scratch) = (KvCache::default(), Scratch::default());
+        let mut answer = Greedy { tokens: vec![], log_probs: vec![] };
+        let mut fed = ids.to_vec();
+        while answer.tokens.len() < count && ids.len() + answer.tokens.len() < self.shape().context_tokens_max {
+            let rows: Vec<Row> = fed.iter().map(|token| Row { cache: 0, token: *token }).collect();
+            decoder.forward(&rows, &mut [&mut cache], &mut scratch);
+            decoder.logits(std::iter::once(rows.len() - 1), &mut scratch);
+            let (max, normaliser) = kernel::log_normaliser(&mut scratch.logits, 1.0);
+            let best = (0_u32..).zip(&scratch.logits).find(|(_, logit)| **logit >= max);
+            let Some((token, logit)) = best.filter(|_| normaliser.is_finite()) else {
+                return Err(PolicyError::Internal("the model's logits are not numbers".to_owned()));
+            };
+            answer.tokens.push(token);
+            answer.log_probs.push(logit - normaliser);
+            if ends.contains(&token) {
+                break;
+            }
+            fed.clear();
+            fed.push(token);
+        }
+        Ok(answer)
+    }
+
+    fn check(&self, ids: &[u32], from: usize, least: usize) -> Result<(), PolicyError> {
+        let shape = self.shape();
+        if ids.is_empty() || ids.len() > shape.context_tokens_max {
+            let (tokens, max) = (ids.len(), shape.context_tokens_max);
+            return Err(PolicyError::InvalidBatch(format!("{tokens} tokens, where 1 to {max} fit the context")));
+        }
+        if let Some(id) = ids.iter().find(|id| **id as usize >= shape.vocabulary) {
+            return Err(PolicyError::InvalidBatch(format!("id {id}, where the vocabulary has {}", shape.vocabulary)));
+        }
+        if !(least..ids.len()).contains(&from) {
+            let text = format!("`from` is {from}, where {least} to {} is a token", ids.len().saturating_sub(1));
+            return Err(PolicyError::InvalidBatch(text));
+        }
+        Ok(())
+    }
+}
