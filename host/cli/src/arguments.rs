@@ -8,6 +8,7 @@ use fulgurite_core::record::RolloutMode;
 use fulgurite_core::state::RolloutState;
 use fulgurite_store::{Cursor, RolloutSort};
 
+use crate::policy::arguments::PolicyCommand;
 use crate::store::arguments::{StoreCommand, outcome_kind, rollout_mode, rollout_state};
 
 /// Train AI agents inside a sandbox.
@@ -68,6 +69,11 @@ pub(crate) enum Command {
     Store {
         #[command(subcommand)]
         command: StoreCommand,
+    },
+    /// Look at models: Hugging Face folders with Llama, Mistral, Qwen2 or Qwen3.
+    Policy {
+        #[command(subcommand)]
+        command: PolicyCommand,
     },
     /// Check toolchain, target and folders, and say what to do about each.
     Doctor(DoctorArguments),

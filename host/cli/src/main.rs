@@ -9,6 +9,7 @@ mod failure;
 mod fork;
 mod paths;
 mod plugin;
+mod policy;
 mod progress;
 mod replay;
 mod rollouts;
@@ -53,6 +54,7 @@ fn execute(arguments: Arguments) -> Result<(), Failure> {
         Command::Fork(arguments) => runtime()?.block_on(fork::fork(arguments)),
         Command::Bench { command } => bench::bench(command),
         Command::Store { command } => store::execute(&command),
+        Command::Policy { command } => policy::execute(&command),
         Command::Doctor(arguments) => doctor::doctor(&arguments),
     }
 }

@@ -58,6 +58,14 @@ pub enum PolicyError {
         /// What is wrong with it.
         reason: String,
     },
+    /// A file of a Hugging Face folder cannot be used.
+    #[error("{path}: {reason}")]
+    ModelFile {
+        /// Which file, or the folder.
+        path: PathBuf,
+        /// What is wrong with it, and what would be right.
+        reason: String,
+    },
     /// A model's files have other tensors than its config asks for.
     #[error("the tensors do not fit the model's config: {0}")]
     UnfitTensors(String),
@@ -77,5 +85,10 @@ impl PolicyError {
     pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
         move |source| Self::Io { path, source }
+    }
+
+    /// Says what is wrong with a file of a Hugging Face folder.
+    pub(crate) fn model_file(path: impl Into<PathBuf>, reason: impl Into<String>) -> Self {
+        Self::ModelFile { path: path.into(), reason: reason.into() }
     }
 }

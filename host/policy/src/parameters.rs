@@ -250,7 +250,7 @@ impl Parameters {
 }
 
 /// Names every tensor that does not fit, with the sizes that it should have.
-fn check_tensors(
+pub(crate) fn check_tensors(
     shape: &ModelShape,
     specs: &[ParameterSpec],
     found: &BTreeMap<String, Vec<usize>>,

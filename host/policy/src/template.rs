@@ -6,6 +6,7 @@
 //! extend those of the call before whenever the template only appends.
 
 use fulgurite_core::llm::{Message, Role, ToolCall, ToolSpec};
+use minijinja::value::Serde;
 use minijinja::{Environment, UndefinedBehavior, context};
 use serde_json::{Value, json};
 
@@ -64,7 +65,8 @@ impl ChatTemplate {
             .map(|(at, role)| json!({"role": PolicyTokenizer::role_name(*role), "content": placeholder(at)}))
             .collect();
         let tools: Vec<String> = (0..tools).map(|at| placeholder(roles.len() + at)).collect();
-        environment().render_str(&self.source, context! { messages, tools, add_generation_prompt }).map_err(failed)
+        let variables = context! { messages => Serde(messages), tools, add_generation_prompt };
+        environment().render_str(&self.source, variables).map_err(failed)
     }
 }
 

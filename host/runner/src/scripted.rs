@@ -12,6 +12,7 @@ use fulgurite_core::llm::{
 };
 use fulgurite_core::seed::Generator;
 use futures::future::BoxFuture;
+use minijinja::value::Serde;
 use minijinja::{Environment, UndefinedBehavior, Value, context};
 use serde::{Deserialize, Serialize};
 
@@ -182,12 +183,12 @@ impl Shared {
             })
         };
         let variables = context! {
-            messages => request.messages,
+            messages => Serde(&request.messages),
             call_index => call_index,
             item => item.map(|item| context! {
-                id => item.id,
-                input => Value::from_serialize(&item.input),
-                reference => Value::from_serialize(&item.reference),
+                id => item.id.as_str(),
+                input => Serde(&item.input),
+                reference => Serde(&item.reference),
             }),
             choose => Value::from_function(choose),
         };

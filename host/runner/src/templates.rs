@@ -1,7 +1,8 @@
 //! Renders prompt templates with minijinja, the language in which chat templates are written too.
 
 use fulgurite_sandbox::TemplateRenderer;
-use minijinja::{Environment, UndefinedBehavior, Value};
+use minijinja::value::Serde;
+use minijinja::{Environment, UndefinedBehavior};
 
 /// The renderer. A variable that the template names and nobody gives is an error.
 #[derive(Debug, Clone, Copy, Default)]
@@ -16,7 +17,7 @@ impl TemplateRenderer for JinjaRenderer {
     ) -> Result<String, String> {
         let mut environment = Environment::empty();
         environment.set_undefined_behavior(UndefinedBehavior::Strict);
-        let rendered = environment.render_named_str(name, text, Value::from_serialize(variables));
+        let rendered = environment.render_named_str(name, text, Serde(variables));
         rendered.map_err(|error| format!("template `{name}`: {error:#}"))
     }
 }

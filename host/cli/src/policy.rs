@@ -1,0 +1,226 @@
+//! `fulgurite policy`: what a folder with a model holds, takes and answers.
+
+pub(crate) mod arguments;
+
+use std::path::Path;
+
+use anyhow::{Context, anyhow};
+use fulgurite_policy::{
+    Conversation, MemoryPlan, ModelDescription, ModelFolder, PlanOptions, PolicyConfig, PolicyError, RopeScaling,
+};
+use indicatif::HumanBytes;
+use serde_json::{Value, json};
+
+use self::arguments::{InfoArguments, LogitsArguments, PolicyCommand};
+use crate::arguments::Output;
+use crate::failure::{Failure, printable};
+use crate::terminal::{self, Style, paint};
+use crate::train;
+
+/// Likeliest next tokens that are shown to people.
+const CANDIDATES_SHOWN: usize = 5;
+
+pub(crate) fn execute(command: &PolicyCommand) -> Result<(), Failure> {
+    match command {
+        PolicyCommand::Info(arguments) => info(arguments),
+        PolicyCommand::Logits(arguments) => logits(arguments),
+    }
+}
+
+/// What the user named is wrong, unless the engine itself failed.
+fn failure(error: PolicyError) -> Failure {
+    match error {
+        PolicyError::Internal(_) | PolicyError::Stopped => Failure::failed(error),
+        _ => Failure::usage(error),
+    }
+}
+
+fn info(arguments: &InfoArguments) -> Result<(), Failure> {
+    let folder = ModelFolder::open(&arguments.directory).map_err(failure)?;
+    let shape = &folder.description().shape;
+    if let Some(tokens) = arguments.context_tokens.filter(|tokens| *tokens > shape.context_tokens_max as u64) {
+        let max = shape.context_tokens_max;
+        let problem = anyhow!("`--context-tokens` is {tokens}: the model's context holds {max}");
+        return Err(Failure::usage(problem));
+    }
+    let cores = || std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
+    let options = PlanOptions {
+        rollouts: arguments.rollouts,
+        context_tokens: arguments.context_tokens,
+        micro_batch_tokens: arguments.micro_batch_tokens,
+        threads: if arguments.threads == 0 { cores() } else { arguments.threads },
+    };
+    let plan = MemoryPlan::new(shape, &options);
+    let available = available_bytes();
+    if arguments.output == Output::Json {
+        return train::print_json(&json!({
+            "directory": folder.path(),
+            "model": folder.description(),
+            "parameters": shape.parameter_count(),
+            "files": folder.files(),
+            "file_types_bytes": folder.types(),
+            "token_ids": folder.token_ids(),
+            "chat_template": folder.has_template(),
+            "memory": plan,
+            "memory_available_bytes": available,
+        }));
+    }
+    let colours = terminal::colours();
+    for (title, text) in lines(&folder, &plan, available) {
+        terminal::print(&format!("{} {text}", paint(&format!("{title:<14}"), Style::Bold, colours)));
+    }
+    Ok(())
+}
+
+fn lines(folder: &ModelFolder, plan: &MemoryPlan, available: Option<u64>) -> Vec<(&'static str, String)> {
+    let ModelDescription { architecture, shape, end_tokens } = folder.description();
+    let types: Vec<_> = folder.types().iter().map(|(kind, bytes)| format!("{kind} {}", HumanBytes(*bytes))).collect();
+    let tied = if shape.tie_embeddings { ", output tied to the embedding" } else { "" };
+    let mut parts = Vec::new();
+    if shape.attention_bias {
+        parts.push("biases of the attention".to_owned());
+    }
+    if shape.qk_norm {
+        parts.push("norms of queries and keys".to_owned());
+    }
+    if let Some(window) = shape.sliding_window {
+        parts.push(format!("a window of {window} tokens"));
+    }
+    match shape.rope_scaling {
+        RopeScaling::None => {}
+        RopeScaling::Linear { factor } => parts.push(format!("rope stretched by {factor} (linear)")),
+        RopeScaling::Llama3 { factor, .. } => parts.push(format!("rope stretched by {factor} (llama3)")),
+    }
+    let ends: Vec<_> = end_tokens.iter().map(u32::to_string).collect();
+    let bytes = |bytes: u64| HumanBytes(bytes).to_string();
+    let fits = |needed: u64| match available {
+        Some(available) if needed > available => format!("more than the {} that are free here", bytes(available)),
+        Some(available) => format!("of {} that are free here", bytes(available)),
+        None => "free memory is not known here".to_owned(),
+    };
+    let mut all = vec![
+        ("model", format!("{}, {} parameters", architecture.model_type(), shape.parameter_count())),
+        (
+            "sizes",
+            format!(
+                "{} layers, width {}, {} heads of {} ({} for keys and values), feed-forward {}{tied}",
+                shape.layers, shape.d_model, shape.heads, shape.head_dim, shape.kv_heads, shape.d_ff
+            ),
+        ),
+        ("with", if parts.is_empty() { "nothing besides".to_owned() } else { parts.join(", ") }),
+        ("context", format!("{} tokens", shape.context_tokens_max)),
+        (
+            "tokens",
+            format!(
+                "{} ids, {} rows; the end is {}",
+                folder.token_ids(),
+                shape.vocabulary,
+                if ends.is_empty() { "not said".to_owned() } else { ends.join(" or ") }
+            ),
+        ),
+        (
+            "chat template",
+            if folder.has_template() { "yes" } else { "none: conversations cannot be rendered" }.to_owned(),
+        ),
+        ("files", format!("{} in {} safetensors", types.join(", "), folder.files())),
+    ];
+    let cache = format!(
+        "{}: {} a token, {} a rollout of {} tokens, {} rollouts",
+        bytes(plan.kv_cache_bytes),
+        bytes(plan.kv_cache_token_bytes),
+        bytes(plan.kv_cache_rollout_bytes),
+        plan.context_tokens,
+        plan.rollouts
+    );
+    let activations = format!(
+        "{}, estimated: {} micro-batches of {} tokens",
+        bytes(plan.activations_bytes),
+        plan.threads,
+        plan.micro_batch_tokens
+    );
+    all.extend([
+        ("memory", "in float32".to_owned()),
+        ("  weights", bytes(plan.weights_bytes)),
+        ("  kv cache", cache),
+        ("  gradient", bytes(plan.gradient_bytes)),
+        ("  AdamW", bytes(plan.moments_bytes)),
+        ("  activations", activations),
+        ("  generation", format!("{}, {}", bytes(plan.generation_bytes), fits(plan.generation_bytes))),
+        ("  training", format!("{}, {}", bytes(plan.training_bytes), fits(plan.training_bytes))),
+    ]);
+    all
+}
+
+/// Memory that a new program could take, as Linux says it.
+fn available_bytes() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kibibytes.checked_mul(1_024)
+}
+
+fn conversation(path: &Path) -> Result<Conversation, Failure> {
+    let shown = path.display();
+    let text = std::fs::read(path).with_context(|| format!("cannot read `{shown}`")).map_err(Failure::usage)?;
+    let value: Value =
+        serde_json::from_slice(&text).map_err(|error| Failure::usage(anyhow!("{shown}: it is not JSON: {error}")))?;
+    Conversation::from_json(&value).map_err(|reason| Failure::usage(anyhow!("{shown}: {reason}")))
+}
+
+fn logits(arguments: &LogitsArguments) -> Result<(), Failure> {
+    let conversation = conversation(&arguments.messages)?;
+    let folder = ModelFolder::open(&arguments.directory).map_err(failure)?;
+    let prompt = folder.encode(&folder.render(&conversation, true).map_err(failure)?).map_err(failure)?;
+    let context = folder.description().shape.context_tokens_max;
+    let (tokens, greedy) = (prompt.len(), arguments.greedy);
+    if tokens == 0 {
+        return Err(Failure::usage(anyhow!("{}: the prompt has no tokens", arguments.messages.display())));
+    }
+    if tokens.saturating_add(greedy) > context {
+        let problem = anyhow!("the prompt has {tokens} tokens and `--greedy` is {greedy}: the context holds {context}");
+        return Err(Failure::usage(problem));
+    }
+    let config = PolicyConfig { threads: arguments.threads, ..PolicyConfig::default() };
+    let model = folder.inference(&config).map_err(failure)?;
+    let last = model.logits(&prompt, tokens - 1).map_err(failure)?;
+    let mut answer = json!({"prompt_ids": prompt, "last_logits": last});
+    if greedy > 0 {
+        let continuation = model.greedy(&prompt, greedy, &[]).map_err(failure)?;
+        let ids = [prompt.as_slice(), &continuation.tokens].concat();
+        let trained = model.cross_entropy(&ids, tokens).map_err(failure)?;
+        for (name, value) in [
+            ("tokens", json!(continuation.tokens)),
+            ("logprobs", json!(trained.log_probs)),
+            ("cross_entropy", json!(trained.mean)),
+            ("grad_norm", json!(trained.gradient_norm)),
+        ] {
+            answer.as_object_mut().and_then(|answer| answer.insert(name.to_owned(), value));
+        }
+    }
+    if arguments.output == Output::Json {
+        return train::print_json(&answer);
+    }
+    print(&folder, &last, &answer);
+    Ok(())
+}
+
+fn print(folder: &ModelFolder, last: &[f32], answer: &Value) {
+    let colours = terminal::colours();
+    let line = |title: &str, text: &str| {
+        terminal::print(&format!("{} {}", paint(&format!("{title:<14}"), Style::Bold, colours), printable(text)));
+    };
+    let spelled = |id: u64| u32::try_from(id).map(|id| folder.decode(&[id])).unwrap_or_default();
+    let count = |name: &str| answer.get(name).and_then(Value::as_array).map_or(0, Vec::len);
+    line("prompt", &format!("{} tokens", count("prompt_ids")));
+    let mut order: Vec<(u64, f32)> = (0..).zip(last.iter().copied()).collect();
+    order.sort_by(|a, b| b.1.total_cmp(&a.1));
+    for (id, logit) in order.into_iter().take(CANDIDATES_SHOWN) {
+        line("next", &format!("{logit:>9.4}  id {id:<7} {:?}", spelled(id)));
+    }
+    let Some(tokens) = answer.get("tokens").and_then(Value::as_array) else { return };
+    let text: String = tokens.iter().filter_map(Value::as_u64).map(spelled).collect();
+    line("continuation", &format!("{text:?}"));
+    for name in ["cross_entropy", "grad_norm"] {
+        line(name, &answer.get(name).map(Value::to_string).unwrap_or_default());
+    }
+}

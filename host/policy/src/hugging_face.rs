@@ -1,0 +1,193 @@
+//! Models as Hugging Face folders hold them: `config.json`, safetensors, tokenizer and chat template.
+//!
+//! [`ModelFolder::open`] reads and checks everything but the weights' values, so that a folder is refused, and its memory
+//! planned, before any of it is taken. What transformers computes of a folder is the measure; `tests/parity` holds small
+//! folders with what it says.
+
+mod chat;
+mod config;
+mod plan;
+mod python;
+mod tokenizer;
+mod weights;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use fulgurite_core::llm::{Message, ToolSpec};
+use jiff::Zoned;
+use serde_json::{Map, Value};
+
+use crate::config::PolicyConfig;
+use crate::error::PolicyError;
+use crate::inference::Inference;
+
+use self::chat::FolderTemplate;
+pub use self::config::ModelDescription;
+pub use self::plan::{MemoryPlan, PlanOptions};
+use self::tokenizer::FolderTokenizer;
+use self::weights::Weights;
+
+/// A folder whose parts fit one another.
+#[derive(Debug)]
+pub struct ModelFolder {
+    path: PathBuf,
+    description: ModelDescription,
+    weights: Weights,
+    tokenizer: FolderTokenizer,
+    template: Option<FolderTemplate>,
+}
+
+/// A conversation in the form that chat templates see, with the tools offered in it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Conversation {
+    /// Objects with `role`, `content` and what else the template knows.
+    pub messages: Vec<Value>,
+    /// Objects with `type` and `function`; `None` when no tools are offered.
+    pub tools: Option<Vec<Value>>,
+}
+
+impl Conversation {
+    /// The conversation of a call.
+    ///
+    /// # Errors
+    /// When arguments of a tool call or parameters of a tool are not JSON.
+    pub fn of_core(messages: &[Message], tools: &[ToolSpec]) -> Result<Self, PolicyError> {
+        let tools = tools.iter().map(chat::tool_value).collect::<Result<Vec<_>, _>>()?;
+        Ok(Self {
+            messages: messages.iter().map(chat::message_value).collect::<Result<_, _>>()?,
+            tools: Some(tools).filter(|tools| !tools.is_empty()),
+        })
+    }
+
+    /// Reads a list of messages, or an object with `messages` and `tools`, as OpenAI's and Hugging Face's interfaces have
+    /// them. Messages and tools are passed to the template as they stand.
+    ///
+    /// # Errors
+    /// Says which field is missing or wrong.
+    pub fn from_json(value: &Value) -> Result<Self, String> {
+        let no_fields = Map::new();
+        let fields = match value {
+            Value::Array(_) => &no_fields,
+            Value::Object(fields) => fields,
+            _ => return Err("it must hold a list of messages, or an object with `messages` and `tools`".to_owned()),
+        };
+        let list = |value: &Value, field: &str| match value {
+            Value::Array(entries) if entries.iter().all(Value::is_object) => Ok(entries.clone()),
+            _ => Err(format!("`{field}` must be a list of objects")),
+        };
+        let messages = if value.is_array() { Some(value) } else { fields.get("messages") };
+        let messages = list(messages.ok_or("it has no `messages`: give it a list of them")?, "messages")?;
+        if messages.is_empty() {
+            return Err("`messages` is empty: give it at least one".to_owned());
+        }
+        if let Some(at) = messages.iter().position(|message| !chat::field(message, "role").is_string()) {
+            return Err(format!("`messages[{at}]` has no `role`: give it system, user, assistant or tool"));
+        }
+        let tools = fields.get("tools").filter(|tools| !tools.is_null());
+        Ok(Self { messages, tools: tools.map(|tools| list(tools, "tools")).transpose()? })
+    }
+}
+
+impl ModelFolder {
+    /// Opens a folder and checks it.
+    ///
+    /// # Errors
+    /// Names the file, the field or tensor, and what would be right, when something is missing, damaged, contradictory or not
+    /// supported.
+    pub fn open(path: &Path) -> Result<Self, PolicyError> {
+        if !path.is_dir() {
+            return Err(PolicyError::model_file(path, "it is not a folder: name one that holds a config.json"));
+        }
+        if !path.join("config.json").is_file() {
+            let reason = "it has no config.json: name the folder that `save_pretrained` has written";
+            return Err(PolicyError::model_file(path, reason));
+        }
+        let description = ModelDescription::read(path)?;
+        let weights = Weights::open(path)?;
+        weights.check(&description.shape)?;
+        let tokenizer = FolderTokenizer::read(path)?;
+        let (ids, rows) = (tokenizer.vocabulary(), description.shape.vocabulary);
+        if ids > rows {
+            let reason = format!("it has {ids} token ids and `vocab_size` of config.json is {rows}");
+            return Err(PolicyError::model_file(path.join("tokenizer.json"), reason));
+        }
+        let template = FolderTemplate::read(path)?;
+        Ok(Self { path: path.to_owned(), description, weights, tokenizer, template })
+    }
+
+    /// The folder.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What the model is.
+    #[must_use]
+    pub fn description(&self) -> &ModelDescription {
+        &self.description
+    }
+
+    /// Token ids that the tokenizer can make; the embedding may have more rows.
+    #[must_use]
+    pub fn token_ids(&self) -> usize {
+        self.tokenizer.vocabulary()
+    }
+
+    /// Whether conversations can be rendered.
+    #[must_use]
+    pub fn has_template(&self) -> bool {
+        self.template.is_some()
+    }
+
+    /// Types of the values in the files (`float32`, `float16`, `bfloat16`), with the bytes of each.
+    #[must_use]
+    pub fn types(&self) -> BTreeMap<&'static str, u64> {
+        self.weights.types()
+    }
+
+    /// Safetensors files that the weights are spread over.
+    #[must_use]
+    pub fn files(&self) -> usize {
+        self.weights.files()
+    }
+
+    /// Reads the weights, for questions about given ids. Of `config` the device and the limits count.
+    ///
+    /// # Errors
+    /// When a file has become unreadable, a limit does not fit, or a thread cannot be started.
+    pub fn inference(&self, config: &PolicyConfig) -> Result<Inference, PolicyError> {
+        let shape = &self.description.shape;
+        Inference::from_tensors(config, shape, &self.weights.sizes(), |name| self.weights.read(name))
+    }
+
+    /// The text of a conversation as `apply_chat_template` renders it. A template that asks for the date gets today's.
+    ///
+    /// # Errors
+    /// When the folder has no chat template, or the template refuses the conversation.
+    pub fn render(&self, conversation: &Conversation, add_generation_prompt: bool) -> Result<String, PolicyError> {
+        let Some(template) = &self.template else {
+            let reason = "it has no chat template: put one into chat_template.jinja";
+            return Err(PolicyError::model_file(&self.path, reason));
+        };
+        template.render(&conversation.messages, conversation.tools.as_deref(), add_generation_prompt, &Zoned::now())
+    }
+
+    /// Token ids of a rendered conversation. Whatever spells an added token becomes it, wherever in the text it stands, as in
+    /// transformers; nothing is put in front, so that the template's own `bos_token` stays the only one.
+    ///
+    /// # Errors
+    /// When the tokenizer fails.
+    pub fn encode(&self, rendered: &str) -> Result<Vec<u32>, PolicyError> {
+        self.tokenizer.encode_rendered(rendered)
+    }
+
+    /// Text of token ids, added tokens spelled out. Ids that the tokenizer does not know are left out.
+    #[must_use]
+    pub fn decode(&self, ids: &[u32]) -> String {
+        self.tokenizer.decode(ids)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,89 @@
+//! `tokenizer.json` of a Hugging Face folder.
+
+use std::path::Path;
+
+use serde_json::Value;
+use tokenizers::{AddedToken, Tokenizer};
+
+use super::chat::field;
+use crate::error::PolicyError;
+
+/// The tokenizer of a folder.
+#[derive(Debug)]
+pub(crate) struct FolderTokenizer {
+    tokenizer: Tokenizer,
+}
+
+impl FolderTokenizer {
+    /// Reads `tokenizer.json`, and from `tokenizer_config.json` the added tokens that it lacks.
+    ///
+    /// # Errors
+    /// When the file is missing or cannot be parsed, or an added token has another id than it says.
+    pub(crate) fn read(dir: &Path) -> Result<Self, PolicyError> {
+        let path = dir.join("tokenizer.json");
+        if !path.is_file() {
+            let hint = "a slow tokenizer is turned into it by transformers' `AutoTokenizer` and `save_pretrained`";
+            return Err(PolicyError::model_file(dir, format!("it has no tokenizer.json: {hint}")));
+        }
+        let json = std::fs::read_to_string(&path).map_err(PolicyError::io(&path))?;
+        let wrong = |reason: String| PolicyError::model_file(&path, reason);
+        let mut tokenizer: Tokenizer = json.parse().map_err(|error| wrong(format!("{error}")))?;
+        // Both may be stored from training and would cut or fill prompts.
+        tokenizer.with_truncation(None).map_err(|error| wrong(format!("`truncation`: {error}")))?;
+        tokenizer.with_padding(None);
+        add_missing(&mut tokenizer, &dir.join("tokenizer_config.json"))?;
+        Ok(Self { tokenizer })
+    }
+
+    /// Ids of a rendered conversation. Added tokens in it count, and nothing is put in front: the template has written what
+    /// begins the text.
+    pub(crate) fn encode_rendered(&self, text: &str) -> Result<Vec<u32>, PolicyError> {
+        let encoded = self.tokenizer.encode_fast(text, false);
+        Ok(encoded.map_err(|error| PolicyError::Tokenizer(error.to_string()))?.get_ids().to_vec())
+    }
+
+    /// Text of ids, added tokens included.
+    pub(crate) fn decode(&self, ids: &[u32]) -> String {
+        self.tokenizer.decode(ids, false).unwrap_or_default()
+    }
+
+    /// Ids that it can make: one more than the largest.
+    pub(crate) fn vocabulary(&self) -> usize {
+        self.tokenizer.get_vocab(true).values().max().map_or(0, |id| *id as usize + 1)
+    }
+}
+
+/// Adds the tokens of `added_tokens_decoder` that `tokenizer.json` does not know, in the order of their ids.
+fn add_missing(tokenizer: &mut Tokenizer, path: &Path) -> Result<(), PolicyError> {
+    if !path.is_file() {
+        return Ok(());
+    }
+    let text = std::fs::read(path).map_err(PolicyError::io(path))?;
+    let wrong = |reason: String| PolicyError::model_file(path, reason);
+    let config: Value = serde_json::from_slice(&text).map_err(|error| wrong(format!("it is not JSON: {error}")))?;
+    let mut added = Vec::new();
+    for (id, token) in field(&config, "added_tokens_decoder").as_object().into_iter().flatten() {
+        let number = id.parse::<u32>().map_err(|_| wrong(format!("`added_tokens_decoder` has the id `{id}`")))?;
+        let token: AddedToken = serde_json::from_value(token.clone())
+            .map_err(|error| wrong(format!("`added_tokens_decoder.{id}`: {error}")))?;
+        added.push((number, token));
+    }
+    added.sort_by_key(|(id, _)| *id);
+    for (id, token) in added {
+        let content = token.content.clone();
+        if tokenizer.token_to_id(&content).is_some() {
+            continue;
+        }
+        if token.special {
+            tokenizer.add_special_tokens(&[token]);
+        } else {
+            tokenizer.add_tokens(&[token]);
+        }
+        let found = tokenizer.token_to_id(&content);
+        if found != Some(id) {
+            let found = found.map_or_else(|| "none".to_owned(), |found| found.to_string());
+            return Err(wrong(format!("`added_tokens_decoder.{id}` is `{content}`: tokenizer.json gives it {found}")));
+        }
+    }
+    Ok(())
+}
