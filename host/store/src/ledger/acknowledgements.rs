@@ -103,8 +103,9 @@ fn every_acknowledgement_follows_a_sync_that_began_after_its_write_and_threads_s
         assert!(ended < at, "rollout #{ordinal} was acknowledged at {at}: {events:?}");
     }
     assert_eq!(acknowledged, THREADS);
-    // All but the first found their batch covered by one more sync.
+    // All but the first found their batch covered by one more sync, and perhaps all but the last one: between writing a batch
+    // and counting it a thread is alone, but a sync may begin there.
     let syncs = events.iter().filter(|event| **event == Event::SyncEnded).count();
-    assert!(syncs <= 2, "{syncs}");
+    assert!(syncs <= 3, "{syncs}");
     assert_eq!(ledger.syncs.statistics().commits, u64::from(THREADS));
 }
