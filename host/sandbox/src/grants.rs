@@ -63,6 +63,35 @@ impl ToolGuest {
     }
 }
 
+/// A request that a guest puts together piece by piece.
+#[expect(unreachable_pub, reason = "the generated bindings re-export the resources' types, which pub(crate) forbids")]
+pub struct Draft<R> {
+    request: R,
+    /// Of the pieces so far.
+    bytes: u64,
+    /// Pieces were left out, because there were too many of them already.
+    too_long: bool,
+}
+
+impl<R> Draft<R> {
+    const fn new(request: R) -> Self {
+        Self { request, bytes: 0, too_long: false }
+    }
+
+    /// Makes room for `bytes` more; `None` when there are too many already. `held` counts those of all drafts of a guest,
+    /// which may come to four times as many as one may have.
+    fn grow(&mut self, bytes: u64, most: u64, held: &mut u64) -> Option<&mut R> {
+        let total = self.bytes.saturating_add(bytes);
+        if total > most || held.saturating_add(bytes) > most.saturating_mul(4) {
+            self.too_long = true;
+            return None;
+        }
+        self.bytes = total;
+        *held += bytes;
+        Some(&mut self.request)
+    }
+}
+
 /// What came back when the call was recorded; `None` when it is to be made.
 fn remembered<T: serde::de::DeserializeOwned>(log: &dyn HostCallLog, call: &HostCall) -> Result<Option<T>, Stop> {
     let differs = |text: String| Stop(AttemptOutcome::failed(OutcomeKind::HostFault, text));

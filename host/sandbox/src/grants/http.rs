@@ -7,20 +7,14 @@ use fulgurite_core::host_call::HostCall;
 use fulgurite_grants::{HttpError, HttpRequest, HttpResponse};
 use wasmtime::component::Resource;
 
-use super::{ToolData, arguments, record, remembered};
+use super::{Draft, ToolData, arguments, record, remembered};
 use crate::bindings::tool::fulgurite::tool::http as wit;
 use crate::fault::Stop;
 
 const INTERFACE: &str = "fulgurite:tool/http@0.1.0";
 
-/// A request in the making.
-pub struct RequestDraft {
-    request: HttpRequest,
-    /// Of URL, headers and body.
-    bytes: u64,
-    /// Parts were left out, because there were too many of them already.
-    too_long: bool,
-}
+/// A request in the making; URL, headers and body are counted.
+pub type RequestDraft = Draft<HttpRequest>;
 
 /// A response.
 pub struct FinishedRequest(HttpResponse);
@@ -42,15 +36,7 @@ impl ToolData {
     /// Makes room for `bytes` more of a request; `None` when it has too many already.
     fn grow(&mut self, request: &Resource<RequestDraft>, bytes: usize) -> wasmtime::Result<Option<&mut HttpRequest>> {
         let most = self.host.limits.http_request_bytes_max;
-        let draft = self.table.get_mut(request)?;
-        let total = draft.bytes.saturating_add(bytes as u64);
-        if total > most || self.host.request_bytes.saturating_add(bytes as u64) > most.saturating_mul(4) {
-            draft.too_long = true;
-            return Ok(None);
-        }
-        draft.bytes = total;
-        self.host.request_bytes += bytes as u64;
-        Ok(Some(&mut draft.request))
+        Ok(self.table.get_mut(request)?.grow(bytes as u64, most, &mut self.host.request_bytes))
     }
 
     async fn send_recorded(
@@ -103,8 +89,7 @@ impl wit::Host for ToolData {
 
 impl wit::HostRequest for ToolData {
     fn new(&mut self, method: String, url: String) -> wasmtime::Result<Resource<RequestDraft>> {
-        let draft = RequestDraft { request: HttpRequest::default(), bytes: 0, too_long: false };
-        let request = self.table.push(draft)?;
+        let request = self.table.push(Draft::new(HttpRequest::default()))?;
         if let Some(draft) = self.grow(&request, method.len() + url.len())? {
             draft.method = method;
             draft.url = url;

@@ -10,7 +10,7 @@ use fulgurite_core::limits::Limits;
 use fulgurite_core::llm::{ChatRequest, Completion, Constraint, LlmError, LlmSession, Message, Role, Sampling};
 use wasmtime::component::Resource;
 
-use super::{arguments, record, remembered};
+use super::{Draft, arguments, record, remembered};
 use crate::bindings::agent::fulgurite::types::types;
 use crate::bindings::grader::fulgurite::grader::judge as wit;
 use crate::convert;
@@ -55,11 +55,7 @@ impl GraderGuest {
 }
 
 /// A call in the making.
-pub struct JudgeRequest {
-    request: ChatRequest,
-    bytes: u64,
-    too_long: bool,
-}
+pub type JudgeRequest = Draft<ChatRequest>;
 
 /// What a judge said.
 pub struct JudgeAnswer(Completion);
@@ -84,15 +80,7 @@ impl GraderState {
     /// Makes room for `bytes` more of a request; `None` when it has too many already.
     fn grow(&mut self, request: &Resource<JudgeRequest>, bytes: usize) -> wasmtime::Result<Option<&mut ChatRequest>> {
         let most = self.host.limits.payload_bytes_max;
-        let draft = self.table.get_mut(request)?;
-        let total = draft.bytes.saturating_add(bytes as u64);
-        if total > most || self.host.request_bytes.saturating_add(bytes as u64) > most.saturating_mul(4) {
-            draft.too_long = true;
-            return Ok(None);
-        }
-        draft.bytes = total;
-        self.host.request_bytes += bytes as u64;
-        Ok(Some(&mut draft.request))
+        Ok(self.table.get_mut(request)?.grow(bytes as u64, most, &mut self.host.request_bytes))
     }
 
     fn add(&mut self, request: &Resource<JudgeRequest>, role: Role, content: String) -> wasmtime::Result<()> {
@@ -172,7 +160,7 @@ impl wit::HostRequest for GraderState {
             agent_role: "judge".to_owned(),
             endpoint: None,
         };
-        let request = self.table.push(JudgeRequest { request, bytes: 0, too_long: false })?;
+        let request = self.table.push(Draft::new(request))?;
         if let Some(draft) = self.grow(&request, endpoint.len())? {
             draft.endpoint = Some(endpoint);
         }
