@@ -164,14 +164,13 @@ pub(crate) fn whole_value(packed: &Packed<'_>) -> Vec<u8> {
 
 /// Adds a record to a batch, in fragments where it is too long for one value.
 pub(crate) fn put_packed(batch: &mut Batch, key: Vec<u8>, packed: &Packed<'_>) -> Result<()> {
-    let whole = whole_value(packed);
-    if whole.len() <= VALUE_BYTES_MAX {
-        batch.push((key, Some(whole)));
-        return Ok(());
-    }
     let bytes: &[u8] = &packed.bytes;
     let raw_bytes = packed.raw_bytes.map(u32::to_le_bytes);
     let raw_bytes = raw_bytes.as_ref().map_or(&[][..], <[u8; 4]>::as_slice);
+    if 1 + raw_bytes.len() + bytes.len() <= VALUE_BYTES_MAX {
+        batch.push((key, Some(whole_value(packed))));
+        return Ok(());
+    }
     let format = [if raw_bytes.is_empty() { FORMAT_FRAGMENTED } else { FORMAT_COMPRESSED_FRAGMENTED }];
     let (head, tail) = bytes.split_at((VALUE_BYTES_MAX - 1 - 4 - raw_bytes.len()).min(bytes.len()));
     let fragments = 1 + tail.len().div_ceil(VALUE_BYTES_MAX);

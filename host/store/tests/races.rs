@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
+#[path = "support/ends.rs"]
+mod ends;
 #[path = "support/samples.rs"]
 #[allow(dead_code, reason = "shared with tests that use more of it")]
 mod samples;
@@ -9,27 +11,13 @@ mod samples;
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use fulgurite_core::id::AttemptKey;
+use ends::finish;
 use fulgurite_core::seed::{Generator, Seed};
-use fulgurite_core::state::{AttemptState, RolloutState};
-use fulgurite_store::{AttemptFinish, MemoryStore, RolloutQuery, RolloutStore, SledStore, StoreError};
-use samples::{outcome, reward, rollout_id, spans, spec};
+use fulgurite_core::state::RolloutState;
+use fulgurite_store::{MemoryStore, RolloutQuery, RolloutStore, SledStore, StoreError};
+use samples::{rollout_id, spec};
 
 const ROLLOUTS: u64 = 1_500;
-
-fn finish(key: &AttemptKey) -> AttemptFinish {
-    AttemptFinish {
-        key: key.clone(),
-        state: AttemptState::Succeeded,
-        outcome: outcome(),
-        rewards: vec![reward(0.5)],
-        end_unix_ns: 9,
-        guest_cpu_us: 1,
-        not_forkable: None,
-        spans: spans(key, 0, 3).into(),
-        rollout_state: RolloutState::Succeeded,
-    }
-}
 
 /// Begins and ends rollouts, unless somebody has cancelled them. Returns those whose end this thread was told is durable.
 fn run_some(store: &dyn RolloutStore, runner: u64) -> BTreeSet<u64> {
@@ -51,7 +39,8 @@ fn run_some(store: &dyn RolloutStore, runner: u64) -> BTreeSet<u64> {
             Err(StoreError::AttemptEnded { .. }) => false,
             Err(other) => panic!("{other:?}"),
         });
-        let results = store.finish_attempts(begun.iter().map(|(_, key)| finish(key)).collect());
+        let results =
+            store.finish_attempts(begun.iter().map(|(_, key)| finish(key, 0, 3, RolloutState::Succeeded)).collect());
         for ((index, _), result) in begun.into_iter().zip(results) {
             match result {
                 Ok(()) => drop(ended.insert(index)),

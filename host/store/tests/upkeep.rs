@@ -2,33 +2,20 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
+#[path = "support/ends.rs"]
+mod ends;
 #[path = "support/samples.rs"]
 #[allow(dead_code, reason = "shared with tests that use more of it")]
 mod samples;
 
 use std::path::Path;
 
+use ends::finish;
 use fulgurite_core::id::{AttemptKey, RolloutId};
 use fulgurite_core::seed::{Generator, Seed};
-use fulgurite_core::state::{AttemptState, RolloutState};
-use fulgurite_store::{
-    AttemptFinish, CheckReport, MemoryStore, PruneRule, RolloutQuery, RolloutStore, SledStore, StoreError,
-};
-use samples::{fork, key, outcome, reward, rollout_id, spans, spec};
-
-fn finish(key: &AttemptKey, from: u64, count: u64, rollout_state: RolloutState) -> AttemptFinish {
-    AttemptFinish {
-        key: key.clone(),
-        state: if rollout_state == RolloutState::Succeeded { AttemptState::Succeeded } else { AttemptState::Failed },
-        outcome: outcome(),
-        rewards: vec![reward(0.5)],
-        end_unix_ns: 9,
-        guest_cpu_us: 1,
-        not_forkable: None,
-        spans: spans(key, from, count).into(),
-        rollout_state,
-    }
-}
+use fulgurite_core::state::RolloutState;
+use fulgurite_store::{CheckReport, MemoryStore, PruneRule, RolloutQuery, RolloutStore, SledStore, StoreError};
+use samples::{fork, key, rollout_id, spans, spec};
 
 fn run(store: &dyn RolloutStore, index: u64, from: u64, state: RolloutState) -> AttemptKey {
     let key = store.begin_attempt(&rollout_id(index), 1, "").unwrap().key;
