@@ -465,6 +465,16 @@ pub(crate) struct BenchSandboxArguments {
     /// Rollouts of each measurement. Default: enough for some seconds.
     #[arg(long)]
     pub(crate) rollouts: Option<u64>,
+    /// Make one measurement in this process.
+    #[arg(long, value_enum, hide = true)]
+    pub(crate) measure: Option<BenchMode>,
+    #[command(flatten)]
+    pub(crate) load: BenchLoadArguments,
+}
+
+/// What the benchmarks that run rollouts share.
+#[derive(Debug, Args)]
+pub(crate) struct BenchLoadArguments {
     /// Threads that run guests.
     #[arg(long, default_value_t = 2)]
     pub(crate) threads: usize,
@@ -477,9 +487,6 @@ pub(crate) struct BenchSandboxArguments {
     /// Where the store of the measurement is put. Default: the system's folder for temporary files.
     #[arg(long, value_name = "DIR")]
     pub(crate) scratch: Option<PathBuf>,
-    /// Make one measurement in this process.
-    #[arg(long, value_enum, hide = true)]
-    pub(crate) measure: Option<BenchMode>,
     /// How the result is printed.
     #[arg(long, value_enum, default_value = "text")]
     pub(crate) output: Output,
@@ -490,21 +497,8 @@ pub(crate) struct BenchReplayArguments {
     /// Rollouts that are recorded and then replayed.
     #[arg(long, default_value_t = 10_000)]
     pub(crate) rollouts: u64,
-    /// Threads that run guests.
-    #[arg(long, default_value_t = 2)]
-    pub(crate) threads: usize,
-    /// The agent that is measured.
-    #[arg(long, value_name = "FILE", default_value = "target/plugins/bench_agent.wasm")]
-    pub(crate) agent: PathBuf,
-    /// The grader that is measured.
-    #[arg(long, value_name = "FILE", default_value = "target/plugins/bench_grader.wasm")]
-    pub(crate) grader: PathBuf,
-    /// Where the store of the measurement is put. Default: the system's folder for temporary files.
-    #[arg(long, value_name = "DIR")]
-    pub(crate) scratch: Option<PathBuf>,
-    /// How the result is printed.
-    #[arg(long, value_enum, default_value = "text")]
-    pub(crate) output: Output,
+    #[command(flatten)]
+    pub(crate) load: BenchLoadArguments,
 }
 
 #[derive(Debug, Args)]

@@ -14,6 +14,7 @@ use fulgurite_runner::{Job, Plugins, Recording, RetryPolicy, Runner, RunnerGrant
 use fulgurite_sandbox::{Sandbox, SandboxSettings, Templates};
 use fulgurite_store::RolloutStore;
 
+use crate::arguments::BenchLoadArguments;
 use crate::failure::Failure;
 use crate::paths;
 
@@ -32,6 +33,12 @@ pub(crate) const ANSWER: &str = "The room that fits best is R12: it seats eight,
 pub(crate) struct Components {
     pub(crate) agent: PathBuf,
     pub(crate) grader: PathBuf,
+}
+
+impl Components {
+    pub(crate) fn of(arguments: &BenchLoadArguments) -> Self {
+        Self { agent: arguments.agent.clone(), grader: arguments.grader.clone() }
+    }
 }
 
 /// Makes jobs.

@@ -17,16 +17,17 @@ use crate::replay::{each, threads};
 use crate::{terminal, train};
 
 pub(crate) fn bench(arguments: &BenchReplayArguments) -> Result<(), Failure> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(arguments.threads).enable_all().build();
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(arguments.load.threads).enable_all().build();
     runtime.map_err(Failure::failed)?.block_on(run(arguments))
 }
 
 async fn run(arguments: &BenchReplayArguments) -> Result<(), Failure> {
-    let scratch = Scratch::new(arguments.scratch.as_deref().unwrap_or(&std::env::temp_dir()))?;
+    let scratch = Scratch::new(arguments.load.scratch.as_deref().unwrap_or(&std::env::temp_dir()))?;
     let store: Arc<dyn RolloutStore> =
         Arc::new(SledStore::open(&scratch.path().join("store")).map_err(Failure::failed)?);
     let settings = LoadSettings { live_max: 256, latency_ms: 0, graded: true, recording: Recording::Durable };
-    let components = Components { agent: arguments.agent.clone(), grader: arguments.grader.clone() };
+    let components = Components::of(&arguments.load);
     let load = Load::new(&components, Arc::clone(&store), &settings)?;
     eprintln!("recording {} rollouts", arguments.rollouts);
     let jobs = load.jobs(0..arguments.rollouts)?;
@@ -49,15 +50,15 @@ async fn run(arguments: &BenchReplayArguments) -> Result<(), Failure> {
         reports.iter().filter(|(_, report)| report.as_ref().is_ok_and(|report| report.divergence.is_none()));
     let identical = identical.count();
     let rate = recorded as f64 / started.elapsed().as_secs_f64();
-    if arguments.output == Output::Json {
+    if arguments.load.output == Output::Json {
         return train::print_json(&serde_json::json!({
-            "setup": setup(arguments.threads),
+            "setup": setup(arguments.load.threads),
             "replays_per_second": rate,
             "replayed": recorded,
             "identical": identical,
         }));
     }
-    terminal::print(&format!("{}", setup(arguments.threads)));
+    terminal::print(&format!("{}", setup(arguments.load.threads)));
     terminal::print(&format!("{identical} of {recorded} identical, {rate:.0} replays a second"));
     Ok(())
 }

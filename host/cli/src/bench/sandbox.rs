@@ -65,8 +65,8 @@ pub(crate) fn bench(arguments: &BenchSandboxArguments) -> Result<(), Failure> {
     let mut rows = vec![];
     let scaling = (single(arguments, BenchMode::Bare, 64, 0, 1)?, single(arguments, BenchMode::Bare, 64, 0, 2)?);
     let scaling = scaling.1.rate() / scaling.0.rate().max(1e-9);
-    if arguments.output == Output::Text {
-        terminal::print(&format!("{}", setup(arguments.threads)));
+    if arguments.load.output == Output::Text {
+        terminal::print(&format!("{}", setup(arguments.load.threads)));
         terminal::print(&format!("bare wasmtime, two threads over one: {scaling:.2}"));
         terminal::print(
             "mode         live  wait ms   rollouts/s       bare/s  ratio   RSS MiB  bare MiB    p50 us    p99 us  failed",
@@ -76,8 +76,8 @@ pub(crate) fn bench(arguments: &BenchSandboxArguments) -> Result<(), Failure> {
         for live in &arguments.live {
             for mode in [BenchMode::Unrecorded, BenchMode::Recorded] {
                 // The baseline runs again beside every figure: other work on the machine comes and goes.
-                let bare = single(arguments, BenchMode::Bare, *live, *latency_ms, arguments.threads)?;
-                let ours = single(arguments, mode, *live, *latency_ms, arguments.threads)?;
+                let bare = single(arguments, BenchMode::Bare, *live, *latency_ms, arguments.load.threads)?;
+                let ours = single(arguments, mode, *live, *latency_ms, arguments.load.threads)?;
                 let row = Row {
                     mode: mode.as_str(),
                     live: *live,
@@ -92,16 +92,16 @@ pub(crate) fn bench(arguments: &BenchSandboxArguments) -> Result<(), Failure> {
                     p99_us: ours.p99_us,
                     failed: ours.failed + bare.failed,
                 };
-                if arguments.output == Output::Text {
+                if arguments.load.output == Output::Text {
                     print(&row);
                 }
                 rows.push(row);
             }
         }
     }
-    if arguments.output == Output::Json {
+    if arguments.load.output == Output::Json {
         train::print_json(&serde_json::json!({
-            "setup": setup(arguments.threads),
+            "setup": setup(arguments.load.threads),
             "bare_two_threads_over_one": scaling,
             "results": rows,
         }))?;
@@ -139,8 +139,8 @@ fn single(
     let rollouts = arguments.rollouts.unwrap_or_else(|| rollouts(live, latency_ms));
     eprintln!("measuring {} with {live} live and {latency_ms} ms per call: {rollouts} rollouts", mode.as_str());
     let mut list = vec!["sandbox".to_owned(), "--measure".to_owned(), mode.as_str().to_owned()];
-    let agent = arguments.agent.display().to_string();
-    let grader = arguments.grader.display().to_string();
+    let agent = arguments.load.agent.display().to_string();
+    let grader = arguments.load.grader.display().to_string();
     let numbers = [text(&live), text(&latency_ms), text(&rollouts), text(&threads)];
     let [live, latency_ms, rollouts, threads] = numbers;
     for (name, value) in [
@@ -153,7 +153,7 @@ fn single(
     ] {
         list.extend([name.to_owned(), value]);
     }
-    if let Some(scratch) = &arguments.scratch {
+    if let Some(scratch) = &arguments.load.scratch {
         list.extend(["--scratch".to_owned(), scratch.display().to_string()]);
     }
     measured(&list)
@@ -169,9 +169,10 @@ fn measure(arguments: &BenchSandboxArguments, mode: BenchMode) -> Result<(), Fai
     let one = |list: &[usize]| list.first().copied().unwrap_or(1);
     let (live, latency_ms) = (one(&arguments.live), arguments.latency_ms.first().copied().unwrap_or(0));
     let rollouts = arguments.rollouts.unwrap_or_else(|| rollouts(live, latency_ms));
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(arguments.threads).enable_all().build();
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(arguments.load.threads).enable_all().build();
     let runtime = runtime.map_err(Failure::failed)?;
-    let components = Components { agent: arguments.agent.clone(), grader: arguments.grader.clone() };
+    let components = Components::of(&arguments.load);
     let measured = runtime.block_on(async {
         if mode == BenchMode::Bare {
             bare(&components, live, Duration::from_millis(latency_ms), rollouts).await
@@ -220,7 +221,7 @@ async fn ours(
     rollouts: u64,
 ) -> Result<Measured, Failure> {
     let recorded = mode == BenchMode::Recorded;
-    let scratch = Scratch::new(arguments.scratch.as_deref().unwrap_or(&std::env::temp_dir()))?;
+    let scratch = Scratch::new(arguments.load.scratch.as_deref().unwrap_or(&std::env::temp_dir()))?;
     let store: Arc<dyn RolloutStore> = if recorded {
         Arc::new(SledStore::open(&scratch.path().join("store")).map_err(Failure::failed)?)
     } else {
