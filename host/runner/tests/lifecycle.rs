@@ -2,25 +2,28 @@
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic, reason = "a test that cannot go on has failed")]
 
+#[path = "support/spec.rs"]
+#[allow(unreachable_pub, reason = "shared with other suites")]
+mod spec;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use fulgurite_core::dataset::{DatasetItem, Split};
-use fulgurite_core::id::{ContentHash, PolicyVersion, ResponseId, RolloutId};
+use fulgurite_core::dataset::DatasetItem;
+use fulgurite_core::id::ResponseId;
 use fulgurite_core::limits::Limits;
 use fulgurite_core::llm::{
-    ChatRequest, Completion, FinishReason, LlmBackend, LlmError, LlmSession, NotTrainable, Sampling, SessionInfo, Usage,
+    ChatRequest, Completion, FinishReason, LlmBackend, LlmError, LlmSession, NotTrainable, SessionInfo, Usage,
 };
 use fulgurite_core::outcome::OutcomeKind;
-use fulgurite_core::record::{RolloutMode, RolloutSpec};
-use fulgurite_core::seed::Seed;
 use fulgurite_core::state::{AttemptState, RolloutState};
 use fulgurite_runner::{Job, Plugins, Recording, RetryPolicy, Runner, RunnerGrants, RunnerSettings};
 use fulgurite_sandbox::{Sandbox, SandboxSettings, Templates};
 use fulgurite_store::{MemoryStore, RolloutStore};
 use futures::future::BoxFuture;
 use serde_json::json;
+use spec::spec;
 
 /// A model that is out of order for the first attempts, or for ever, or never answers.
 #[derive(Clone, Copy)]
@@ -90,24 +93,7 @@ fn runner(store: Arc<MemoryStore>) -> Runner {
 
 fn job(id: &str, behaviour: &str, world: &str) -> Job {
     let item = DatasetItem::new(format!("item-{id}"), json!({"behaviour": behaviour}), json!(world), json!({}));
-    let spec = RolloutSpec {
-        id: RolloutId::new(id).unwrap(),
-        stage: "test".to_owned(),
-        step: 0,
-        group: 0,
-        dataset: "items".to_owned(),
-        split: Split::Train,
-        item_id: item.id.clone(),
-        mode: RolloutMode::Train,
-        seed: Seed::new(1),
-        sampling: Sampling::default(),
-        policy_version: PolicyVersion(0),
-        resources_version: 0,
-        components: vec![],
-        item: item.texts().hash,
-        execution: ContentHash::of(b"test"),
-        fork_of: None,
-    };
+    let spec = spec(id, &item);
     Job { spec: spec.into(), item: Arc::new(item) }
 }
 

@@ -6,16 +6,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use fulgurite_core::dataset::{DatasetItem, Split};
-use fulgurite_core::id::{ContentHash, PolicyVersion, ResponseId, RolloutId};
+use fulgurite_core::dataset::DatasetItem;
+use fulgurite_core::id::{PolicyVersion, ResponseId};
 use fulgurite_core::limits::Limits;
 use fulgurite_core::llm::{
-    ChatRequest, Completion, FinishReason, LlmBackend, LlmError, LlmSession, Sampling, SessionInfo, TokenData, Usage,
+    ChatRequest, Completion, FinishReason, LlmBackend, LlmError, LlmSession, SessionInfo, TokenData, Usage,
 };
 use fulgurite_core::outcome::{LimitReached, OutcomeKind};
-use fulgurite_core::record::{RolloutMode, RolloutSpec};
+use fulgurite_core::record::RolloutSpec;
 use fulgurite_core::reward::RewardSource;
-use fulgurite_core::seed::Seed;
 use fulgurite_core::state::RolloutState;
 use fulgurite_runner::{
     JinjaRenderer, Job, Plugins, Recording, RetryPolicy, RolloutResult, Runner, RunnerGrants, RunnerSettings,
@@ -26,6 +25,7 @@ use futures::future::BoxFuture;
 use serde_json::{Value, json};
 
 use crate::case::{Case, Components, Expected, Model};
+use crate::spec::spec;
 
 /// Rollouts that must not notice anything.
 pub(crate) const HEALTHY: usize = 100;
@@ -237,24 +237,7 @@ fn healthy_job(index: usize) -> Job {
 fn job(id: &str, input: &Value, world: &Value) -> Job {
     let reference = json!({"answer": "CANARY-REFERENCE"});
     let item = DatasetItem::new(id, input.clone(), world.clone(), reference);
-    let spec = RolloutSpec {
-        id: RolloutId::new(id).unwrap(),
-        stage: "test".to_owned(),
-        step: 0,
-        group: 0,
-        dataset: "items".to_owned(),
-        split: Split::Train,
-        item_id: item.id.clone(),
-        mode: RolloutMode::Train,
-        seed: Seed::new(1),
-        sampling: Sampling::default(),
-        policy_version: PolicyVersion(0),
-        resources_version: 1,
-        components: vec![],
-        item: item.texts().hash,
-        execution: ContentHash::of(b"test"),
-        fork_of: None,
-    };
+    let spec = RolloutSpec { resources_version: 1, ..spec(id, &item) };
     Job { spec: spec.into(), item: Arc::new(item) }
 }
 

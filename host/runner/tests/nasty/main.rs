@@ -21,6 +21,9 @@ mod components;
 mod limited;
 mod measure;
 mod plugins;
+#[path = "../support/spec.rs"]
+#[allow(unreachable_pub, reason = "shared with other suites")]
+mod spec;
 mod text;
 
 use std::collections::BTreeSet;

@@ -2,19 +2,21 @@
 
 #![allow(dead_code, unreachable_pub, reason = "shared by several test binaries")]
 
+pub mod spec;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock, Mutex};
 
-use fulgurite_core::dataset::{DatasetItem, Split};
+use fulgurite_core::dataset::DatasetItem;
 use fulgurite_core::id::{AttemptKey, AttemptNumber, PolicyVersion, ResponseId, RolloutId};
 use fulgurite_core::limits::Limits;
 use fulgurite_core::llm::{
-    ChatRequest, Completion, FinishReason, LlmBackend, LlmError, LlmSession, Sampling, SessionInfo, TokenData, Usage,
+    ChatRequest, Completion, FinishReason, LlmBackend, LlmError, LlmSession, SessionInfo, TokenData, Usage,
 };
 use fulgurite_core::outcome::OutcomeKind;
-use fulgurite_core::record::{ExecutionSettings, ForkPoint, RolloutMode, RolloutSpec};
+use fulgurite_core::record::{ExecutionSettings, ForkPoint, RolloutSpec};
 use fulgurite_core::seed::{Generator, Seed};
 use fulgurite_core::span::Span;
 use fulgurite_runner::replay::{Items, Recorded, ReplayReport, Replayer};
@@ -27,6 +29,8 @@ use futures::StreamExt;
 use futures::future::BoxFuture;
 use nasty_agent::{Behaviour, Input};
 use serde_json::{Value, json};
+
+use self::spec::spec;
 
 /// A component that `cargo xtask guests` has built.
 pub fn component(name: &str) -> PathBuf {
@@ -296,22 +300,12 @@ pub fn shown(report: &ReplayReport) -> String {
 pub fn job(runner: &Runner, id: &str, seed: u64, input: &Value, world: &Value) -> Job {
     let item = DatasetItem::new(format!("item-{id}"), input.clone(), world.clone(), json!({"answer": 1}));
     let spec = RolloutSpec {
-        id: RolloutId::new(id).unwrap(),
-        stage: "test".to_owned(),
-        step: 0,
-        group: 0,
-        dataset: "items".to_owned(),
-        split: Split::Train,
-        item_id: item.id.clone(),
-        mode: RolloutMode::Train,
         seed: Seed::new(seed),
-        sampling: Sampling::default(),
         policy_version: PolicyVersion(3),
         resources_version: 1,
         components: runner.plugins().hashes(),
-        item: item.texts().hash,
         execution: runner.execution_hash(),
-        fork_of: None,
+        ..spec(id, &item)
     };
     Job { spec: spec.into(), item: Arc::new(item) }
 }
