@@ -1,5 +1,7 @@
 //! Why a guest was stopped, and which outcome that is.
 
+use std::fmt::Write;
+
 use fulgurite_core::outcome::{AttemptOutcome, LimitReached, OutcomeKind};
 use wasmtime::component::ResourceTableError;
 use wasmtime::{Trap, WasmBacktrace};
@@ -85,12 +87,22 @@ pub(crate) fn outcome_of(error: &wasmtime::Error, during: During, bounds: Bounds
     AttemptOutcome::failed(OutcomeKind::Trap, reason(error))
 }
 
-/// The reason of a trap with its backtrace.
+/// The reason of a trap with the functions that were running, innermost first.
+///
+/// Functions and no places in them: wasmtime attributes a trap behind a function's first epoch check to one instruction or
+/// another, depending on whether the check's slow path ran, and a replay compares this text.
 fn reason(error: &wasmtime::Error) -> String {
     let Some(backtrace) = error.downcast_ref::<WasmBacktrace>() else { return causes(error) };
-    let mut text = backtrace.to_string();
+    let mut text = "wasm backtrace:".to_owned();
+    for (depth, frame) in backtrace.frames().iter().enumerate() {
+        let module = frame.module().name().unwrap_or("<unknown>");
+        match frame.func_name() {
+            Some(name) => _ = write!(text, "\n{depth:>5}: {module}!{name}"),
+            None => _ = write!(text, "\n{depth:>5}: {module}!<wasm function {}>", frame.func_index()),
+        }
+    }
     truncate(&mut text, BACKTRACE_BYTES_MAX);
-    format!("{}\n{}", error.root_cause(), text.trim_end())
+    format!("{}\n{text}", error.root_cause())
 }
 
 fn causes(error: &wasmtime::Error) -> String {
