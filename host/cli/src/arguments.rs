@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use fulgurite_core::outcome::OutcomeKind;
 use fulgurite_core::record::RolloutMode;
 use fulgurite_core::state::RolloutState;
+use fulgurite_policy::PolicyDevice;
 use fulgurite_store::{Cursor, RolloutSort};
 
 use crate::policy::arguments::PolicyCommand;
@@ -107,6 +108,10 @@ pub(crate) struct TrainArguments {
     /// Go on with the run in that folder.
     #[arg(long)]
     pub(crate) resume: bool,
+    /// What trains the policy, in place of the config's: auto, cpu, cuda, cuda:N, wgpu or wgpu:N. `fulgurite doctor` says
+    /// what there is.
+    #[arg(long)]
+    pub(crate) device: Option<PolicyDevice>,
     /// How the result is printed.
     #[arg(long, value_enum, default_value = "text")]
     pub(crate) output: Output,

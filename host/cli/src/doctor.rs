@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::anyhow;
+use fulgurite_policy::{DeviceFinding, PolicyDevice};
 use fulgurite_sandbox::{Sandbox, SandboxSettings};
 use serde::Serialize;
 
@@ -104,12 +105,17 @@ fn cache() -> Check {
     }
 }
 
+/// The device that `--device auto` would take, and why not the others. A machine without GPU lacks nothing.
 fn processor() -> Check {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let findings = PolicyDevice::findings();
+    let shown = |finding: &DeviceFinding| {
+        let mark = if finding.usable { "" } else { "not usable, " };
+        format!("{}: {mark}{}", finding.device, finding.found)
+    };
     Check {
         name: "device",
         ok: true,
-        found: format!("cpu, {cores} cores (this build trains on CPU)"),
+        found: findings.iter().map(shown).collect::<Vec<_>>().join("; "),
         fix: String::new(),
     }
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use fulgurite_trainer::config::RunConfig;
 use fulgurite_trainer::{RunOptions, TrainError, TrainOptions};
 use tokio::sync::watch;
@@ -16,6 +16,15 @@ use crate::{paths, table, terminal};
 pub(crate) async fn train(arguments: TrainArguments) -> Result<(), Failure> {
     let mut config = RunConfig::load(&arguments.config)?;
     config.seed = arguments.seed.unwrap_or(config.seed);
+    if let Some(device) = arguments.device {
+        let local = config.policy.local.as_mut().ok_or_else(|| {
+            Failure::usage(anyhow!(
+                "`--device` is {device}, and `{}` has no [policy.local]",
+                arguments.config.display()
+            ))
+        })?;
+        local.model.device = device;
+    }
     let run = arguments.run.unwrap_or_else(|| default_run(&config));
     let (stop, stopped) = watch::channel(false);
     let options = TrainOptions { run: run.clone(), resume: arguments.resume, cache: paths::cache() };

@@ -9,8 +9,9 @@ use fulgurite_core::seed::{Generator, Seed};
 use fulgurite_core::training::{LossSpec, Stream, TrainingRow};
 
 use crate::compute::PackedModels;
-use crate::config::{PolicyConfig, PolicyDevice};
+use crate::config::PolicyConfig;
 use crate::decoder::{Decoder, KvCache, Row, Scratch};
+use crate::device::PolicyDevice;
 use crate::inference::Inference;
 use crate::loss::Normalisers;
 use crate::parameters::{Kind, Parameters, Values};
@@ -20,7 +21,6 @@ use crate::train::{BatchRunner, Objective};
 
 const VOCABULARY: usize = 53;
 const SHAPES: usize = 45;
-const DEVICES: [PolicyDevice; 2] = [PolicyDevice::Cpu, PolicyDevice::Flex];
 
 struct Draw(Generator);
 
@@ -262,7 +262,7 @@ fn logits_are_those_of_the_formulas() {
         let want = Reference::new(&parameters).logits(&ids).concat();
         let scale = want.iter().map(|logit| logit.abs()).fold(0.0, f64::max);
         assert!(scale > 0.5, "{scale}: too small to tell anything");
-        for device in DEVICES {
+        for device in PolicyDevice::tested() {
             let inference = Inference::new(&config(device), parameters.clone()).unwrap();
             let got = inference.logits(&ids, 0).unwrap();
             assert_eq!(got.len(), want.len());
@@ -307,11 +307,14 @@ fn gradients_are_the_slopes_of_the_formulas() {
         let rows = [ids(39, index as u64), ids(7, 100), ids(3, 101)];
         let mut reference = Reference::new(&parameters);
         let (loss, gradient) = {
-            let [cpu, flex] = DEVICES.map(|device| self::gradient(device, &parameters, &rows));
+            let cpu = self::gradient(PolicyDevice::Cpu, &parameters, &rows);
             let scale = largest(cpu.1.iter().flatten().copied());
-            for ((spec, a), b) in parameters.specs.iter().zip(&cpu.1).zip(&flex.1) {
-                let difference = largest(a.iter().zip(b).map(|(a, b)| a - b));
-                assert!(difference < 5e-5 * scale, "{} of {shape:?}: {difference} of {scale}", spec.name);
+            for device in PolicyDevice::tested().into_iter().skip(1) {
+                let other = self::gradient(device, &parameters, &rows);
+                for ((spec, a), b) in parameters.specs.iter().zip(&cpu.1).zip(&other.1) {
+                    let difference = largest(a.iter().zip(b).map(|(a, b)| a - b));
+                    assert!(difference < 5e-5 * scale, "{device}: {} of {shape:?}: {difference} of {scale}", spec.name);
+                }
             }
             cpu
         };
@@ -377,7 +380,7 @@ fn what_is_asked_about_ids_fits_together() {
     for index in [1, 2, 3, 8] {
         let parameters = parameters(&shape(index));
         let prompt = ids(20, 1);
-        for device in DEVICES {
+        for device in PolicyDevice::tested() {
             let inference = Inference::new(&config(device), parameters.clone()).unwrap();
             let greedy = inference.greedy(&prompt, 30, &[]).unwrap();
             assert_eq!(greedy.tokens.len(), 30);

@@ -43,6 +43,14 @@ impl PackedModels {
     }
 }
 
+/// What the workers of a batch make their models from.
+pub(crate) enum Models {
+    /// The kernels' weights.
+    Packed(Box<PackedModels>),
+    /// A device to which each worker copies the master weights.
+    Burn(Device),
+}
+
 /// The model on one worker.
 pub(crate) enum Compute<'a> {
     /// The sampler's kernels with activations of the micro-batch at hand.
@@ -71,10 +79,15 @@ impl<'a> Compute<'a> {
         Self::Kernels(packed, tape)
     }
 
-    /// On burn's CPU backend. The forward pass without gradients uses the autodiff device too: it then runs the very same
+    /// On a device of burn's. The forward pass without gradients uses the autodiff device too: it then runs the very same
     /// operations, and log-probs of the two are equal bit by bit.
-    pub(crate) fn burn(parameters: &Parameters, reference: Option<&Parameters>, tracked: bool) -> Self {
-        let device = Device::flex().autodiff();
+    pub(crate) fn burn(
+        device: &Device,
+        parameters: &Parameters,
+        reference: Option<&Parameters>,
+        tracked: bool,
+    ) -> Self {
+        let device = device.clone().autodiff();
         let model = Box::new(Model::new(parameters, &device, tracked));
         Self::Burn(model, reference.map(|reference| Box::new(Model::new(reference, &device, false))))
     }

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::device::PolicyDevice;
 use crate::error::PolicyError;
 use crate::shape::{ModelShape, RopeScaling};
 
@@ -15,52 +16,13 @@ pub enum Preset {
     Tiny,
 }
 
-/// What runs the model's training. Generation uses the sampler's kernels on either.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub enum PolicyDevice {
-    /// Kernels of this crate: the same that sample, so that log-probs of sampling and training are equal bit by bit.
-    #[default]
-    Cpu,
-    /// burn's CPU backend with its autodiff: slower, and the way that burn's GPU backends take.
-    Flex,
-}
-
-impl std::str::FromStr for PolicyDevice {
-    type Err = PolicyError;
-    fn from_str(name: &str) -> Result<Self, PolicyError> {
-        match name {
-            "cpu" => Ok(Self::Cpu),
-            "flex" => Ok(Self::Flex),
-            other => Err(PolicyError::UnsupportedDevice(other.to_owned())),
-        }
-    }
-}
-
-impl TryFrom<String> for PolicyDevice {
-    type Error = PolicyError;
-    fn try_from(name: String) -> Result<Self, PolicyError> {
-        name.parse()
-    }
-}
-
-impl From<PolicyDevice> for String {
-    fn from(device: PolicyDevice) -> Self {
-        match device {
-            PolicyDevice::Cpu => "cpu",
-            PolicyDevice::Flex => "flex",
-        }
-        .to_owned()
-    }
-}
-
 /// `[policy]` of a run's config. Fields left out take the preset's value.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PolicyConfig {
     /// Where sizes come from. `tiny`.
     pub preset: Preset,
-    /// What runs training: `cpu` (this crate's kernels) or `flex` (burn). `cpu`.
+    /// What runs training: `auto`, `cpu` (this crate's kernels), `cuda`, `cuda:N`, `wgpu`, `wgpu:N` or `flex` (burn on the CPU). `cpu`.
     pub device: PolicyDevice,
     /// Width of the residual stream; a multiple of `heads`.
     pub d_model: Option<usize>,
@@ -216,8 +178,8 @@ mod tests {
         assert!(refused(PolicyConfig { initial_std: f32::NAN, ..base() }).contains("`initial_std`"));
         let unknown = serde_json::from_str::<PolicyConfig>(r#"{"d_modell": 3}"#).unwrap_err();
         assert!(unknown.to_string().contains("d_modell"));
-        let device = serde_json::from_str::<PolicyConfig>(r#"{"device": "cuda"}"#).unwrap_err().to_string();
-        assert!(device.contains("device `cuda` is not available: this build offers `cpu` and `flex`"), "{device}");
+        let device = serde_json::from_str::<PolicyConfig>(r#"{"device": "gpu"}"#).unwrap_err().to_string();
+        assert!(device.contains("`gpu` is no device"), "{device}");
         let flex: PolicyConfig = serde_json::from_str(r#"{"device": "flex"}"#).unwrap();
         assert_eq!(flex.device, PolicyDevice::Flex);
     }

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::device::PolicyDevice;
+
 /// One case per thing that the caller can do about it.
 #[derive(Debug, thiserror::Error)]
 pub enum PolicyError {
@@ -15,9 +17,17 @@ pub enum PolicyError {
         /// What would be right.
         reason: String,
     },
-    /// The device is not offered by this build.
-    #[error("device `{0}` is not available: this build offers `cpu` and `flex`")]
-    UnsupportedDevice(String),
+    /// No device has this name.
+    #[error("`{0}` is no device: use auto, cpu, cuda, cuda:N, wgpu, wgpu:N or flex")]
+    UnknownDevice(String),
+    /// This build or this machine does not have the device.
+    #[error("device `{device}` cannot be used: {reason}")]
+    UnusableDevice {
+        /// Which device.
+        device: PolicyDevice,
+        /// Why, and what to do.
+        reason: String,
+    },
     /// The tokenizer could not be trained, read or written.
     #[error("tokenizer: {0}")]
     Tokenizer(String),

@@ -8,8 +8,9 @@ use fulgurite_core::id::PolicyVersion;
 use fulgurite_core::training::{Aggregation, LossSpec, Stream, TrainingRow};
 
 use crate::compute::{Compute, PackedModels};
-use crate::config::{PolicyConfig, PolicyDevice};
+use crate::config::PolicyConfig;
 use crate::decoder::{KvCache, Row, Scratch};
+use crate::device::Backend;
 use crate::error::PolicyError;
 use crate::kernel;
 use crate::loss::Normalisers;
@@ -46,7 +47,7 @@ pub struct Inference {
     packed: PackedModels,
     rotary: Arc<RotaryTable>,
     runner: BatchRunner,
-    device: PolicyDevice,
+    backend: Backend,
 }
 
 impl Inference {
@@ -70,7 +71,7 @@ impl Inference {
         let rotary = Arc::new(RotaryTable::new(&parameters.shape));
         let packed = PackedModels::new(&parameters, None, false, &rotary);
         let runner = BatchRunner::new(config, rotary.clone())?;
-        Ok(Self { parameters, packed, rotary, runner, device: config.device })
+        Ok(Self { parameters, packed, rotary, runner, backend: config.device.open()? })
     }
 
     /// Sizes of the model.
@@ -90,9 +91,9 @@ impl Inference {
     pub fn logits(&self, ids: &[u32], from: usize) -> Result<Vec<f32>, PolicyError> {
         self.check(ids, from, 0)?;
         let sources: Vec<(usize, usize)> = (from..ids.len()).map(|at| (0, at)).collect();
-        let mut compute = match self.device {
-            PolicyDevice::Cpu => Compute::kernels(&self.packed, Box::default()),
-            PolicyDevice::Flex => Compute::burn(&self.parameters, None, false),
+        let mut compute = match &self.backend {
+            Backend::Kernels => Compute::kernels(&self.packed, Box::default()),
+            Backend::Burn(device) => Compute::burn(device, &self.parameters, None, false),
         };
         Ok(compute.forward(&[ids], &sources, ids.len(), &self.rotary)?.logits)
     }

@@ -31,6 +31,7 @@ mod checkpoint;
 mod compute;
 mod config;
 mod decoder;
+mod device;
 mod engine;
 mod error;
 mod generate;
@@ -52,7 +53,8 @@ mod train;
 #[cfg(test)]
 mod train_tests;
 
-pub use config::{PolicyConfig, PolicyDevice, Preset};
+pub use config::{PolicyConfig, Preset};
+pub use device::{DeviceFinding, PolicyDevice};
 pub use engine::{EncodedDemonstration, EngineStatistics, PolicyEngine};
 pub use error::PolicyError;
 pub use hugging_face::{Conversation, MemoryPlan, ModelDescription, ModelFolder, PlanOptions};

@@ -15,8 +15,9 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use fulgurite_core::training::{ForwardBackwardReport, LossSpec, PolicyLoss, RowLogProbs, Stream, TrainingRow};
 
 use crate::backprop::Tape;
-use crate::compute::{Compute, PackedModels};
-use crate::config::{PolicyConfig, PolicyDevice};
+use crate::compute::{Compute, Models, PackedModels};
+use crate::config::PolicyConfig;
+use crate::device::Backend;
 use crate::error::PolicyError;
 use crate::kernel;
 use crate::loss::{self, Normalisers, TokenInput};
@@ -60,7 +61,7 @@ pub(crate) struct BatchRunner {
     shards: usize,
     micro_batch_tokens_max: usize,
     rotary: Arc<RotaryTable>,
-    device: PolicyDevice,
+    backend: Backend,
     memory: Arc<Memory>,
 }
 
@@ -105,8 +106,7 @@ struct Job {
     next_shard: AtomicUsize,
     results: Mutex<Vec<Option<ShardResult>>>,
     rotary: Arc<RotaryTable>,
-    /// `None` when burn runs the model.
-    packed: Option<PackedModels>,
+    models: Models,
     memory: Arc<Memory>,
 }
 
@@ -235,7 +235,9 @@ pub(crate) fn check_loss(spec: &LossSpec) -> Result<(), PolicyError> {
 impl BatchRunner {
     /// Starts the workers.
     pub(crate) fn new(config: &PolicyConfig, rotary: Arc<RotaryTable>) -> Result<Self, PolicyError> {
-        let workers = (0..config.thread_count().min(config.gradient_shards))
+        let backend = config.device.open()?;
+        let threads = if backend.is_shared() { 1 } else { config.thread_count() };
+        let workers = (0..threads.min(config.gradient_shards))
             .map(|index| {
                 rayon::ThreadPoolBuilder::new()
                     .num_threads(1)
@@ -249,7 +251,7 @@ impl BatchRunner {
             shards: config.gradient_shards,
             micro_batch_tokens_max: config.micro_batch_tokens_max,
             rotary,
-            device: config.device,
+            backend,
             memory: Arc::default(),
         })
     }
@@ -275,15 +277,16 @@ impl BatchRunner {
         let shards = plan(&rows, self.shards, self.micro_batch_tokens_max);
         let results = Mutex::new(shards.iter().map(|_| None).collect());
         let rotary = self.rotary.clone();
-        let packed = match self.device {
-            PolicyDevice::Cpu => {
+        let models = match &self.backend {
+            Backend::Kernels => {
                 let tracked = !matches!(objective, Objective::Forward);
-                Some(PackedModels::new(&parameters, objective.reference().map(|r| &**r), tracked, &rotary))
+                let reference = objective.reference().map(|reference| &**reference);
+                Models::Packed(Box::new(PackedModels::new(&parameters, reference, tracked, &rotary)))
             }
-            PolicyDevice::Flex => None,
+            Backend::Burn(device) => Models::Burn(device.clone()),
         };
         let (next_shard, memory) = (AtomicUsize::new(0), self.memory.clone());
-        let job = Arc::new(Job { parameters, rows, objective, shards, next_shard, results, rotary, packed, memory });
+        let job = Arc::new(Job { parameters, rows, objective, shards, next_shard, results, rotary, models, memory });
 
         let (done, finished) = mpsc::sync_channel(self.workers.len());
         for worker in &self.workers {
@@ -398,12 +401,17 @@ impl Job {
     }
 
     fn compute(&self) -> Compute<'_> {
-        if let Some(packed) = &self.packed {
-            let tape = take(&self.memory.tapes).unwrap_or_default();
-            return Compute::kernels(packed, Box::new(tape));
+        match &self.models {
+            Models::Burn(device) => {
+                let tracked = !matches!(self.objective, Objective::Forward);
+                let reference = self.objective.reference().map(|reference| &**reference);
+                Compute::burn(device, &self.parameters, reference, tracked)
+            }
+            Models::Packed(packed) => {
+                let tape = take(&self.memory.tapes).unwrap_or_default();
+                Compute::kernels(packed, Box::new(tape))
+            }
         }
-        let tracked = !matches!(self.objective, Objective::Forward);
-        Compute::burn(&self.parameters, self.objective.reference().map(|reference| &**reference), tracked)
     }
 
     fn micro_batch(

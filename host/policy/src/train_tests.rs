@@ -9,15 +9,14 @@ use fulgurite_core::id::PolicyVersion;
 use fulgurite_core::seed::{Generator, Seed};
 use fulgurite_core::training::{Aggregation, KlEstimator, KlTerm, LossSpec, PolicyLoss, Stream, TrainingRow};
 
-use crate::config::{PolicyConfig, PolicyDevice};
+use crate::config::PolicyConfig;
+use crate::device::PolicyDevice;
 use crate::loss::Normalisers;
 use crate::parameters::{Parameters, Values};
 use crate::rotary::RotaryTable;
 use crate::train::{BatchRunner, Objective, Outcome};
 
 const VOCABULARY: usize = 61;
-const DEVICES: [PolicyDevice; 2] = [PolicyDevice::Cpu, PolicyDevice::Flex];
-
 fn config(device: PolicyDevice, kv_heads: usize, tied: bool) -> PolicyConfig {
     PolicyConfig {
         device,
@@ -102,7 +101,7 @@ fn full_spec() -> LossSpec {
 /// The slope of the reported loss along a direction equals gradient times direction, for every kind of tensor.
 #[test]
 fn the_gradient_is_the_slope_of_the_loss() {
-    for device in DEVICES {
+    for device in PolicyDevice::tested() {
         let unclipped = PolicyLoss::Ppo { clip_low: 0.9, clip_high: 9.0, dual_clip: None };
         for (kv_heads, tied, policy_loss) in [(4, false, unclipped), (2, true, PolicyLoss::Reinforce)] {
             let config = config(device, kv_heads, tied);
@@ -136,7 +135,7 @@ fn the_gradient_is_the_slope_of_the_loss() {
 
 #[test]
 fn threads_do_not_change_a_bit() {
-    for device in DEVICES {
+    for device in PolicyDevice::tested() {
         let base = config(device, 2, false);
         let parameters = parameters(&base, 1);
         let mut seen = vec![];
@@ -152,7 +151,7 @@ fn threads_do_not_change_a_bit() {
 
 #[test]
 fn two_forwards_are_equal_and_equal_to_the_forward_of_training() {
-    for device in DEVICES {
+    for device in PolicyDevice::tested() {
         let config = config(device, 4, false);
         let (runner, parameters) = (runner(&config), parameters(&config, 1));
         let mut rows = rows(&runner, &parameters, 20);
@@ -175,7 +174,7 @@ fn two_forwards_are_equal_and_equal_to_the_forward_of_training() {
 
 #[test]
 fn split_order_and_padding_do_not_change_loss_or_gradient() {
-    for device in DEVICES {
+    for device in PolicyDevice::tested() {
         let base = config(device, 4, false);
         let parameters = parameters(&base, 1);
         let whole = runner(&base);
@@ -206,7 +205,7 @@ fn split_order_and_padding_do_not_change_loss_or_gradient() {
 
 #[test]
 fn what_is_masked_changes_nothing() {
-    for device in DEVICES {
+    for device in PolicyDevice::tested() {
         let config = config(device, 4, false);
         let (runner, parameters) = (runner(&config), parameters(&config, 1));
         let rows = rows(&runner, &parameters, 8);
@@ -230,7 +229,7 @@ fn what_is_masked_changes_nothing() {
 
 #[test]
 fn given_derivatives_take_the_same_way_as_a_loss() {
-    for device in DEVICES {
+    for device in PolicyDevice::tested() {
         let config = config(device, 4, false);
         let (runner, parameters) = (runner(&config), parameters(&config, 1));
         let mut rows = rows(&runner, &parameters, 8);
@@ -248,7 +247,7 @@ fn given_derivatives_take_the_same_way_as_a_loss() {
 
 #[test]
 fn rows_without_trained_tokens_give_zeros() {
-    for device in DEVICES {
+    for device in PolicyDevice::tested() {
         let config = config(device, 4, false);
         let (runner, parameters) = (runner(&config), parameters(&config, 1));
         let mut rows = rows(&runner, &parameters, 4);
@@ -292,11 +291,13 @@ fn rows_and_losses_that_do_not_fit_are_refused() {
 
 #[test]
 fn the_devices_agree_on_log_probs_gradients_and_reports() {
-    for (kv_heads, tied) in [(4, false), (2, true), (1, false)] {
-        let [(kernels, parameters), (burn, _)] = DEVICES.map(|device| {
-            let config = config(device, kv_heads, tied);
-            (runner(&config), self::parameters(&config, 1))
-        });
+    let devices = PolicyDevice::tested();
+    let shapes = [(4, false), (2, true), (1, false)];
+    for ((kv_heads, tied), device) in
+        shapes.into_iter().flat_map(|shape| devices.iter().skip(1).map(move |d| (shape, *d)))
+    {
+        let [kernels, burn] = [PolicyDevice::Cpu, device].map(|device| runner(&config(device, kv_heads, tied)));
+        let parameters = self::parameters(&config(PolicyDevice::Cpu, kv_heads, tied), 1);
         let reference = self::parameters(&config(PolicyDevice::Cpu, kv_heads, tied), 2);
         let rows = rows(&kernels, &parameters, 30);
         let kl = Some(KlTerm { estimator: KlEstimator::UnbiasedK3, coefficient: 0.1 });

@@ -1,8 +1,9 @@
-//! The project's own tooling: `cargo xtask guests | demo | test | learn | soak`.
+//! The project's own tooling: `cargo xtask guests | demo | test | learn | soak | check-gpu`.
 
 mod checks;
 mod demo;
 mod example;
+mod gpu;
 mod guests;
 mod learn;
 mod process;
@@ -36,6 +37,8 @@ enum Command {
     /// Fuzz every target for 10 minutes; kill training at random moments, many times, and compare what comes out (with 2
     /// cores: about 50 min).
     Soak(soak::SoakArguments),
+    /// Compile the GPU backends, which needs no GPU (with 2 cores: about 15 min for each, the first time).
+    CheckGpu(gpu::CheckGpuArguments),
 }
 
 fn main() -> ExitCode {
@@ -46,6 +49,7 @@ fn main() -> ExitCode {
         Command::Test(arguments) => checks::run(&arguments),
         Command::Learn(arguments) => learn::run(&arguments),
         Command::Soak(arguments) => soak::run(&arguments),
+        Command::CheckGpu(arguments) => gpu::check(&arguments).map(|()| true),
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,

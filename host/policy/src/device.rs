@@ -1,0 +1,272 @@
+//! Which device runs the model, and what this build and this machine offer.
+//!
+//! The default build has the CPU alone. Features `cuda` and `wgpu` of this crate compile burn's backends of those names;
+//! whether one can be used is found out when the engine starts, because a build for a GPU server also runs on a laptop.
+
+use burn::prelude::Device;
+use serde::{Deserialize, Serialize};
+
+use crate::error::PolicyError;
+
+/// What runs the model's training. Generation uses the sampler's kernels on the CPU with each of them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum PolicyDevice {
+    /// The first of `cuda`, `wgpu` and `cpu` that this build has and this machine offers. A GPU that is only emulated on
+    /// the CPU does not count.
+    Auto,
+    /// Kernels of this crate: the same that sample, so that log-probs of sampling and training are equal bit by bit.
+    #[default]
+    Cpu,
+    /// burn's CPU backend with its autodiff: slower, and the operations that burn's GPU backends run.
+    Flex,
+    /// An NVIDIA GPU, by its number from 0.
+    Cuda(u16),
+    /// A GPU through Vulkan, Metal or DirectX, by its number from 0.
+    Wgpu(u16),
+}
+
+/// Most GPUs that a number may name: more than any machine has.
+const DEVICE_NUMBER_MAX: u16 = 255;
+
+impl std::str::FromStr for PolicyDevice {
+    type Err = PolicyError;
+    fn from_str(name: &str) -> Result<Self, PolicyError> {
+        let unknown = || PolicyError::UnknownDevice(name.to_owned());
+        let (kind, number) = name.split_once(':').map_or((name, None), |(kind, number)| (kind, Some(number)));
+        let index = match number {
+            None => 0,
+            Some(number) => number.parse().ok().filter(|index| *index <= DEVICE_NUMBER_MAX).ok_or_else(unknown)?,
+        };
+        match (kind, number) {
+            ("auto", None) => Ok(Self::Auto),
+            ("cpu", None) => Ok(Self::Cpu),
+            ("flex", None) => Ok(Self::Flex),
+            ("cuda", _) => Ok(Self::Cuda(index)),
+            ("wgpu", _) => Ok(Self::Wgpu(index)),
+            _ => Err(unknown()),
+        }
+    }
+}
+
+impl std::fmt::Display for PolicyDevice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Cpu => f.write_str("cpu"),
+            Self::Flex => f.write_str("flex"),
+            Self::Cuda(index) => write!(f, "cuda:{index}"),
+            Self::Wgpu(index) => write!(f, "wgpu:{index}"),
+        }
+    }
+}
+
+impl TryFrom<String> for PolicyDevice {
+    type Error = PolicyError;
+    fn try_from(name: String) -> Result<Self, PolicyError> {
+        name.parse()
+    }
+}
+
+impl From<PolicyDevice> for String {
+    fn from(device: PolicyDevice) -> Self {
+        device.to_string()
+    }
+}
+
+/// One device and what was found of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct DeviceFinding {
+    /// Its name in a config.
+    pub device: PolicyDevice,
+    /// Whether a policy can be trained on it.
+    pub usable: bool,
+    /// What was found, or why it cannot be used and what to do.
+    pub found: String,
+}
+
+/// What trains.
+#[derive(Debug, Clone)]
+pub(crate) enum Backend {
+    /// The kernels of this crate.
+    Kernels,
+    /// burn, on one of its devices.
+    Burn(Device),
+}
+
+impl Backend {
+    /// Whether all workers would share one device, which runs one thing at a time: then there is one worker.
+    pub(crate) fn is_shared(&self) -> bool {
+        matches!(self, Self::Burn(device) if *device != Device::flex())
+    }
+}
+
+impl PolicyDevice {
+    /// The device to use, checked to be there.
+    ///
+    /// # Errors
+    /// [`PolicyError::UnusableDevice`] when this build or this machine does not have it.
+    pub(crate) fn open(self) -> Result<Backend, PolicyError> {
+        let unusable = |reason| PolicyError::UnusableDevice { device: self, reason };
+        match self {
+            Self::Cpu => Ok(Backend::Kernels),
+            Self::Flex => Ok(Backend::Burn(Device::flex())),
+            Self::Cuda(index) => cuda::open(index).map(Backend::Burn).map_err(unusable),
+            Self::Wgpu(index) => wgpu::open(index).map(Backend::Burn).map_err(unusable),
+            Self::Auto => {
+                let gpu = cuda::open(0).or_else(|_| wgpu::open(0));
+                Ok(gpu.map_or(Backend::Kernels, Backend::Burn))
+            }
+        }
+    }
+
+    /// The CPU in its two ways, and what GPUs this build and this machine have: what the numeric tests run on.
+    #[cfg(test)]
+    pub(crate) fn tested() -> Vec<Self> {
+        let gpus = Self::findings().into_iter().filter(|finding| finding.usable && finding.device != Self::Cpu);
+        [Self::Cpu, Self::Flex].into_iter().chain(gpus.map(|finding| finding.device)).collect()
+    }
+
+    /// All devices that a config can name, the best one first, with what was found of each.
+    #[must_use]
+    pub fn findings() -> Vec<DeviceFinding> {
+        let gpu = |device, opened: Result<usize, String>| DeviceFinding {
+            device,
+            usable: opened.is_ok(),
+            found: opened.map_or_else(|reason| reason, |count| format!("{count} found")),
+        };
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        vec![
+            gpu(Self::Cuda(0), cuda::count()),
+            gpu(Self::Wgpu(0), wgpu::count()),
+            DeviceFinding { device: Self::Cpu, usable: true, found: format!("{cores} cores") },
+        ]
+    }
+}
+
+/// Asks burn how many devices of a kind there are. Drivers that are missing or broken make some of its backends panic; that
+/// is an answer too.
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+fn probe(kind: burn::tensor::DeviceType) -> Result<Vec<Device>, String> {
+    let found = std::panic::catch_unwind(|| Device::enumerate(kind)).map_err(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+        format!("its driver failed: {}", text.unwrap_or("no message"))
+    })?;
+    Ok(found.into_iter().collect())
+}
+
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+fn pick(found: Vec<Device>, index: u16) -> Result<Device, String> {
+    let count = found.len();
+    found.into_iter().nth(usize::from(index)).ok_or_else(|| format!("there are {count}, numbered from 0"))
+}
+
+#[cfg(feature = "cuda")]
+mod cuda {
+    use super::{Device, pick, probe};
+
+    const MISSING: &str = "no NVIDIA GPU was found: install its driver, and CUDA's runtime compiler (libnvrtc)";
+
+    fn all() -> Result<Vec<Device>, String> {
+        let found = probe(burn::tensor::DeviceType::Cuda)?;
+        if found.is_empty() { Err(MISSING.to_owned()) } else { Ok(found) }
+    }
+
+    pub(super) fn count() -> Result<usize, String> {
+        all().map(|found| found.len())
+    }
+
+    pub(super) fn open(index: u16) -> Result<Device, String> {
+        pick(all()?, index)
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+mod cuda {
+    use super::Device;
+
+    const ABSENT: &str = "this build is without it: build with `--features cuda`";
+
+    pub(super) fn count() -> Result<usize, String> {
+        Err(ABSENT.to_owned())
+    }
+
+    pub(super) fn open(_index: u16) -> Result<Device, String> {
+        Err(ABSENT.to_owned())
+    }
+}
+
+#[cfg(feature = "wgpu")]
+mod wgpu {
+    use super::{Device, pick, probe};
+
+    const MISSING: &str = "no GPU was found: install a Vulkan driver";
+
+    fn all() -> Result<Vec<Device>, String> {
+        let found = probe(burn::tensor::DeviceType::Wgpu)?;
+        if found.is_empty() { Err(MISSING.to_owned()) } else { Ok(found) }
+    }
+
+    pub(super) fn count() -> Result<usize, String> {
+        all().map(|found| found.len())
+    }
+
+    pub(super) fn open(index: u16) -> Result<Device, String> {
+        pick(all()?, index)
+    }
+}
+
+#[cfg(not(feature = "wgpu"))]
+mod wgpu {
+    use super::Device;
+
+    const ABSENT: &str = "this build is without it: build with `--features wgpu`";
+
+    pub(super) fn count() -> Result<usize, String> {
+        Err(ABSENT.to_owned())
+    }
+
+    pub(super) fn open(_index: u16) -> Result<Device, String> {
+        Err(ABSENT.to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_and_written_and_others_refused() {
+        for (name, device) in [
+            ("auto", PolicyDevice::Auto),
+            ("cpu", PolicyDevice::Cpu),
+            ("flex", PolicyDevice::Flex),
+            ("cuda:0", PolicyDevice::Cuda(0)),
+            ("cuda:7", PolicyDevice::Cuda(7)),
+            ("wgpu:1", PolicyDevice::Wgpu(1)),
+        ] {
+            assert_eq!(name.parse::<PolicyDevice>().unwrap(), device);
+            assert_eq!(device.to_string(), name);
+        }
+        assert_eq!("cuda".parse::<PolicyDevice>().unwrap(), PolicyDevice::Cuda(0));
+        for name in ["gpu", "cuda:", "cuda:-1", "cuda:256", "cpu:0", "auto:0", ""] {
+            let error = name.parse::<PolicyDevice>().unwrap_err().to_string();
+            assert!(error.contains("auto, cpu, cuda, cuda:N, wgpu, wgpu:N or flex"), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_there_is_refused_with_the_reason_and_auto_finds_something() {
+        assert!(PolicyDevice::Auto.open().is_ok());
+        for finding in PolicyDevice::findings() {
+            match finding.device.open() {
+                Ok(_) => assert!(finding.usable),
+                Err(error) => {
+                    assert!(!finding.usable);
+                    let text = error.to_string();
+                    assert!(text.contains(&finding.device.to_string()) && text.contains(&finding.found), "{text}");
+                }
+            }
+        }
+    }
+}
