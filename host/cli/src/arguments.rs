@@ -112,6 +112,9 @@ pub(crate) struct TrainArguments {
     /// what there is.
     #[arg(long)]
     pub(crate) device: Option<PolicyDevice>,
+    /// Begin at once, without the rehearsal that tells how long the run will take and how much memory.
+    #[arg(long)]
+    pub(crate) no_estimate: bool,
     /// How the result is printed.
     #[arg(long, value_enum, default_value = "text")]
     pub(crate) output: Output,

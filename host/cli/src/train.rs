@@ -2,10 +2,12 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::{Context, anyhow};
 use fulgurite_trainer::config::RunConfig;
-use fulgurite_trainer::{RunOptions, TrainError, TrainOptions};
+use fulgurite_trainer::{Estimate, RunDirectory, RunOptions, TrainError, TrainOptions};
+use indicatif::HumanBytes;
 use tokio::sync::watch;
 
 use crate::arguments::{Output, RunArguments, TrainArguments};
@@ -28,8 +30,23 @@ pub(crate) async fn train(arguments: TrainArguments) -> Result<(), Failure> {
     let run = arguments.run.unwrap_or_else(|| default_run(&config));
     let (stop, stopped) = watch::channel(false);
     let options = TrainOptions { run: run.clone(), resume: arguments.resume, cache: paths::cache() };
-    let progress = Arc::new(TerminalProgress::new());
-    let mut training = Box::pin(fulgurite_trainer::train(config, options, progress, stopped));
+    let is_new = !arguments.resume && !RunDirectory::new(&run).config().exists();
+    let training = async {
+        let estimate =
+            if is_new && !arguments.no_estimate { announce(&config, &run, stopped.clone()).await? } else { None };
+        let started = Instant::now();
+        fulgurite_trainer::forget_peak_memory();
+        let result = fulgurite_trainer::train(config, options, Arc::new(TerminalProgress::new()), stopped).await?;
+        let took = shown(started.elapsed().as_secs_f64(), fulgurite_trainer::peak_memory_bytes());
+        match estimate {
+            Some(Estimate { seconds, memory_bytes, .. }) => {
+                eprintln!("took {took} (the estimate was {})", shown(seconds, memory_bytes));
+            }
+            None => eprintln!("took {took}"),
+        }
+        Ok(result)
+    };
+    let mut training = Box::pin(training);
     let result = tokio::select! {
         result = &mut training => result,
         _ = tokio::signal::ctrl_c() => {
@@ -47,6 +64,29 @@ pub(crate) async fn train(arguments: TrainArguments) -> Result<(), Failure> {
         Output::Json => print_json(&result)?,
     }
     Ok(())
+}
+
+/// Says what the run will take, before it begins.
+async fn announce(
+    config: &RunConfig,
+    run: &Path,
+    stopped: watch::Receiver<bool>,
+) -> Result<Option<Estimate>, TrainError> {
+    match fulgurite_trainer::estimate(config, run, paths::cache(), stopped).await? {
+        Ok(estimate) => {
+            let shown = shown(estimate.seconds, estimate.memory_bytes);
+            eprintln!("this will take about {shown}, as a rehearsal of {:.0} s says", estimate.rehearsal_seconds);
+            Ok(Some(estimate))
+        }
+        Err(reason) => {
+            tracing::debug!(%reason, "no estimate");
+            Ok(None)
+        }
+    }
+}
+
+fn shown(seconds: f64, memory_bytes: u64) -> String {
+    format!("{} and {} of memory", fulgurite_trainer::shown_duration(seconds), HumanBytes(memory_bytes))
 }
 
 pub(crate) async fn run(arguments: RunArguments) -> Result<(), Failure> {
