@@ -141,7 +141,8 @@ pub(crate) fn openai_answer(text: &str) -> Value {
 
 /// An answer of vLLM's to `return_token_ids` and `logprobs`.
 pub(crate) fn vllm_answer(text: &str) -> Value {
-    let token = |text: &str, log_prob: f64| json!({"token": text, "logprob": log_prob, "bytes": [65], "top_logprobs": []});
+    let token =
+        |text: &str, log_prob: f64| json!({"token": text, "logprob": log_prob, "bytes": [65], "top_logprobs": []});
     json!({
         "id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "m",
         "choices": [{"index": 0,

@@ -16,12 +16,14 @@ use fulgurite_core::seed::{Generator, Seed};
 use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 
+mod adapter;
 mod answer;
 mod models;
 mod pace;
 mod refusal;
 mod request;
 
+pub use adapter::AdapterPush;
 pub use answer::{Asked, MalformedAnswer, parse_completion};
 pub use models::{EndpointCheckError, EndpointFacts};
 
@@ -143,6 +145,14 @@ impl OpenAiEndpoint {
         }
     }
 
+    /// Gives a vLLM server a new LoRA adapter, and takes the one away that it replaces.
+    ///
+    /// # Errors
+    /// When the server refuses it or is not there. The old adapter is kept when the new one could not be loaded.
+    pub async fn push_adapter(&self, push: &AdapterPush) -> Result<(), LlmError> {
+        self.shared.push_adapter(push).await
+    }
+
     /// Asks the server which models it has, once and without another try.
     ///
     /// # Errors
@@ -182,15 +192,10 @@ impl LlmSession for Session {
         let seed = if is_policy { self.info.seed.child(POLICY) } else { self.info.seed }.child_index(call_index);
         Box::pin(async move {
             let body = shared.body(&request, &sampling, seed)?;
-            let answer = shared.ask(&body, &sampling, seed.child("backoff")).await?;
+            let answer = shared.ask("/chat/completions", &body, sampling.max_tokens, seed.child("backoff")).await?;
             let settings = &shared.settings;
-            let asked = Asked {
-                response_id,
-                call_index,
-                sampling,
-                is_policy,
-                context_tokens_max: settings.context_tokens_max,
-            };
+            let asked =
+                Asked { response_id, call_index, sampling, is_policy, context_tokens_max: settings.context_tokens_max };
             parse_completion(&answer, &asked).map(Arc::new).map_err(|error| settings.unavailable(error))
         })
     }
@@ -221,17 +226,17 @@ impl Shared {
     }
 
     /// Sends the request, again where that can help, and returns the body of the answer.
-    async fn ask(&self, body: &[u8], sampling: &Sampling, seed: Seed) -> Result<Vec<u8>, LlmError> {
+    async fn ask(&self, path: &str, body: &[u8], max_tokens: u32, seed: Seed) -> Result<Vec<u8>, LlmError> {
         let mut jitter = Generator::new(seed);
         let mut failures = 0;
         loop {
             let sent = {
                 let _place = self.pace.place().await;
-                self.send("POST", "/chat/completions", body).await
+                self.send("POST", path, body).await
             };
             let refusal = match sent {
                 Ok(response) if response.status == 200 => return Ok(response.body),
-                Ok(response) => refusal::of_response(&self.settings, &response, sampling.max_tokens),
+                Ok(response) => refusal::of_response(&self.settings, &response, max_tokens),
                 Err(error) => refusal::of_error(&self.settings, error),
             };
             let (problem, after) = match refusal {

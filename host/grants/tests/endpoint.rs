@@ -15,10 +15,8 @@ use fulgurite_core::llm::{
     Sampling, SessionInfo, ToolCall, ToolSpec,
 };
 use fulgurite_core::seed::Seed;
-use fulgurite_grants::{EndpointSettings, OpenAiEndpoint, ServerKind};
-use model_server::{
-    ModelServer, Reply, llama_cpp_answer, models, openai_answer, sglang_answer, vllm_answer,
-};
+use fulgurite_grants::{AdapterPush, EndpointSettings, OpenAiEndpoint, ServerKind};
+use model_server::{ModelServer, Reply, llama_cpp_answer, models, openai_answer, sglang_answer, vllm_answer};
 use serde_json::json;
 
 const KEY: &str = "s3cr3t-key-value";
@@ -94,7 +92,11 @@ async fn every_kind_of_server_gives_what_it_can() {
             assert_eq!(tokens.log_probs, [-0.25, -0.5]);
             assert_eq!(completion.not_trainable, None);
         } else {
-            assert_eq!((completion.tokens, completion.not_trainable), (None, Some(NotTrainable::NoTokenIds)), "{kind:?}");
+            assert_eq!(
+                (completion.tokens, completion.not_trainable),
+                (None, Some(NotTrainable::NoTokenIds)),
+                "{kind:?}"
+            );
         }
     }
 }
@@ -186,7 +188,8 @@ async fn the_same_call_is_sent_with_the_same_seed_whatever_else_goes_on() {
 #[tokio::test]
 async fn what_recovers_is_asked_again_and_the_server_says_when() {
     let busy = Reply::Answer(429, "retry-after: 1\r\n", "slow down".to_owned());
-    let server = ModelServer::replies(vec![busy, Reply::Answer(500, "", "oops".to_owned()), Reply::ok(&vllm_answer("yes"))]);
+    let server =
+        ModelServer::replies(vec![busy, Reply::Answer(500, "", "oops".to_owned()), Reply::ok(&vllm_answer("yes"))]);
     let began = Instant::now();
     assert_eq!(ask(settings(&server)).await.unwrap().text, "yes");
     assert!(began.elapsed() >= Duration::from_secs(1), "it asked to be left alone for a second");
@@ -316,4 +319,33 @@ async fn a_check_finds_the_model_or_tells_what_is_wrong() {
     assert_eq!(check(&silent, "m").await.unwrap().models.len(), 0);
     let nonsense = ModelServer::replies(vec![Reply::Answer(200, "", "<html>".to_owned())]);
     assert!(check(&nonsense, "m").await.unwrap_err().contains("no list of models"));
+}
+
+#[tokio::test]
+async fn a_new_adapter_is_loaded_before_the_old_one_goes_and_a_lost_answer_is_no_failure() {
+    let push = AdapterPush {
+        name: "grpo-12".to_owned(),
+        path: "/adapters/grpo-12".into(),
+        replaces: Some("grpo-11".to_owned()),
+    };
+    let said = |text: &str| Reply::Answer(400, "", json!({"error": {"message": text, "code": 400}}).to_string());
+    let ok = || Reply::Answer(200, "", "Success".to_owned());
+    for replies in [
+        vec![ok(), ok()],
+        vec![Reply::Cut, said("The lora adapter 'grpo-12' has already been loaded."), ok()],
+        vec![ok(), Reply::Answer(404, "", "The lora adapter 'grpo-11' cannot be found.".to_owned())],
+    ] {
+        let requests = replies.len();
+        let server = ModelServer::replies(replies);
+        endpoint(settings(&server)).push_adapter(&push).await.unwrap();
+        let heard = server.heard();
+        assert_eq!(heard.len(), requests);
+        assert!(heard[0].asks_for("/v1/load_lora_adapter") && heard[requests - 1].asks_for("/v1/unload_lora_adapter"));
+        assert_eq!(heard[0].body, json!({"lora_name": "grpo-12", "lora_path": "/adapters/grpo-12"}));
+        assert_eq!(heard[requests - 1].body, json!({"lora_name": "grpo-11"}));
+    }
+    let server = ModelServer::replies(vec![said("rank 64 is above --max-lora-rank 16")]);
+    let error = endpoint(settings(&server)).push_adapter(&push).await.unwrap_err();
+    assert!(error.to_string().contains("rank 64"), "{error}");
+    assert_eq!(server.heard().len(), 1, "the old adapter stays");
 }

@@ -49,10 +49,9 @@ pub(super) fn of_response(endpoint: &EndpointSettings, response: &HttpResponse, 
     // OpenAI, llama.cpp and newer releases of vLLM wrap it; others do not.
     let error = body.get("error").filter(|error| error.is_object()).unwrap_or(&body);
     let word = |name: &str| error.get(name).and_then(Value::as_str).unwrap_or_default();
-    let message = Some(word("message")).filter(|message| !message.is_empty()).map_or_else(
-        || String::from_utf8_lossy(&response.body).into_owned(),
-        str::to_owned,
-    );
+    let message = Some(word("message"))
+        .filter(|message| !message.is_empty())
+        .map_or_else(|| String::from_utf8_lossy(&response.body).into_owned(), str::to_owned);
     let shown: String = message.chars().take(ERROR_CHARACTERS_MAX).collect();
     let problem = format!("status {}: {shown}", response.status);
     let final_problem = |fix: String| Refusal::Final(endpoint.unavailable(format!("{problem}; {fix}")));
@@ -62,7 +61,9 @@ pub(super) fn of_response(endpoint: &EndpointSettings, response: &HttpResponse, 
     match response.status {
         400 | 413 | 422 => Refusal::Final(LlmError::InvalidRequest(format!("`{}`: {problem}", endpoint.section))),
         401 | 403 => final_problem(match endpoint.secrets() {
-            none if none.is_empty() => format!("say in `{}.api_key_env` which environment variable has the key", endpoint.section),
+            none if none.is_empty() => {
+                format!("say in `{}.api_key_env` which environment variable has the key", endpoint.section)
+            }
             names => format!("the key is what the environment variable {names} has"),
         }),
         404 => final_problem(format!(
@@ -72,7 +73,9 @@ pub(super) fn of_response(endpoint: &EndpointSettings, response: &HttpResponse, 
         // A bill that is not paid is not paid a second later.
         429 if word("code") == "insufficient_quota" => Refusal::Final(endpoint.unavailable(problem)),
         408 | 409 | 425 | 429 | 500.. => match retry_after(response) {
-            Some(after) if after > RETRY_AFTER_MAX => final_problem(format!("it wants to be left alone for {} s", after.as_secs())),
+            Some(after) if after > RETRY_AFTER_MAX => {
+                final_problem(format!("it wants to be left alone for {} s", after.as_secs()))
+            }
             after => Refusal::Again { problem, after },
         },
         _ => Refusal::Final(endpoint.unavailable(problem)),
@@ -104,15 +107,25 @@ fn context_exceeded(
         return None;
     }
     let context = number("n_ctx")
-        .or_else(|| ["length is ", "length of ", "length (", "size (", "size of "].iter().find_map(|before| number_after(&said, before)))
+        .or_else(|| {
+            ["length is ", "length of ", "length (", "size (", "size of "]
+                .iter()
+                .find_map(|before| number_after(&said, before))
+        })
         .or(endpoint.context_tokens_max)
         .unwrap_or(0);
     if context > 0 && max_tokens >= context {
-        let problem = format!("`max_tokens` of {max_tokens} leaves no room for a prompt: the model's context holds {context} tokens");
+        let problem = format!(
+            "`max_tokens` of {max_tokens} leaves no room for a prompt: the model's context holds {context} tokens"
+        );
         return Some(LlmError::InvalidRequest(format!("`{}`: {problem}", endpoint.section)));
     }
     let prompt = number("n_prompt_tokens")
-        .or_else(|| [" input tokens", " in the messages", " tokens) is longer", " tokens from the input"].iter().find_map(|after| number_before(&said, after)))
+        .or_else(|| {
+            [" input tokens", " in the messages", " tokens) is longer", " tokens from the input"]
+                .iter()
+                .find_map(|after| number_before(&said, after))
+        })
         .unwrap_or(0);
     Some(LlmError::ContextLengthExceeded { prompt_tokens: prompt, context_tokens_max: context })
 }

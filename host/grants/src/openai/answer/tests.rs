@@ -41,9 +41,8 @@ fn with(field: &str, value: Value) -> Value {
 fn ids_and_log_probs_count_only_when_they_fit() {
     let whole = parse(&with("finish_reason", json!("stop"))).unwrap();
     assert_eq!(whole.tokens.unwrap().log_probs, [-0.5, 0.0]);
-    let log_probs = |values: &[f64]| {
-        json!({"content": values.iter().map(|value| json!({"logprob": value})).collect::<Vec<_>>()})
-    };
+    let log_probs =
+        |values: &[f64]| json!({"content": values.iter().map(|value| json!({"logprob": value})).collect::<Vec<_>>()});
     for (field, value) in [
         ("prompt_token_ids", json!(null)),
         ("prompt_token_ids", json!([])),
@@ -93,7 +92,13 @@ fn truncated_draws_keep_their_ids_and_are_flagged() {
 #[test]
 fn tool_calls_get_ids_of_the_host_and_broken_ones_stay_text() {
     let call = |arguments: Value| json!({"id": "theirs", "type": "function", "function": {"name": "look", "arguments": arguments}});
-    let calls = json!([call(json!("{\"at\": 1}")), call(json!("")), call(json!({"at": 2})), call(json!("{\"at\": ")), call(json!("7"))]);
+    let calls = json!([
+        call(json!("{\"at\": 1}")),
+        call(json!("")),
+        call(json!({"at": 2})),
+        call(json!("{\"at\": ")),
+        call(json!("7"))
+    ]);
     let message = json!({"role": "assistant", "content": null, "tool_calls": calls});
     let completion = parse(&with("message", message)).unwrap();
     let read: Vec<_> = completion.tool_calls.iter().map(|call| (call.id.as_str(), call.arguments.as_str())).collect();

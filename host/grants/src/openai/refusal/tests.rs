@@ -5,8 +5,12 @@ use crate::ServerKind;
 
 fn endpoint(context_tokens_max: Option<u32>) -> EndpointSettings {
     let origin = "http://127.0.0.1:1".parse().unwrap();
-    let grant =
-        HttpGrant { origin, headers: std::collections::BTreeMap::new(), allow_private: vec![], certificate_authority: None };
+    let grant = HttpGrant {
+        origin,
+        headers: std::collections::BTreeMap::new(),
+        allow_private: vec![],
+        certificate_authority: None,
+    };
     EndpointSettings {
         section: "policy.endpoint".to_owned(),
         name: "policy".to_owned(),
@@ -33,12 +37,36 @@ fn of(status: u16, body: &str, max_tokens: u32) -> Refusal {
 #[test]
 fn a_full_context_is_known_in_every_dialect() {
     for (status, body, expected) in [
-        (400, r#"{"error":{"message":"This model's maximum context length is 4097 tokens. However, you requested 5000 tokens (4900 in the messages, 100 in the completion).","type":"invalid_request_error","param":"messages","code":"context_length_exceeded"}}"#, (4900, 4097)),
-        (400, r#"{"object":"error","message":"This model's maximum context length is 2048 tokens. However, your request has 3000 input tokens. Please reduce the length of the input messages.","type":"BadRequestError","param":null,"code":400}"#, (3000, 2048)),
-        (400, r#"{"error":{"code":400,"message":"the request exceeds the available context size, try increasing it","type":"exceed_context_size_error","n_prompt_tokens":14429,"n_ctx":8192}}"#, (14429, 8192)),
-        (500, r#"{"error":{"code":500,"message":"too long","type":"exceed_context_size_error","n_prompt_tokens":1407,"n_ctx":256}}"#, (1407, 256)),
-        (400, r#"{"object":"error","message":"The input (5000 tokens) is longer than the model's context length (4096 tokens).","code":400}"#, (5000, 4096)),
-        (400, r#"{"message":"Requested token count exceeds the model's maximum context length of 4096 tokens. You requested a total of 5050 tokens: 5000 tokens from the input messages and 50 tokens for the completion."}"#, (5000, 4096)),
+        (
+            400,
+            r#"{"error":{"message":"This model's maximum context length is 4097 tokens. However, you requested 5000 tokens (4900 in the messages, 100 in the completion).","type":"invalid_request_error","param":"messages","code":"context_length_exceeded"}}"#,
+            (4900, 4097),
+        ),
+        (
+            400,
+            r#"{"object":"error","message":"This model's maximum context length is 2048 tokens. However, your request has 3000 input tokens. Please reduce the length of the input messages.","type":"BadRequestError","param":null,"code":400}"#,
+            (3000, 2048),
+        ),
+        (
+            400,
+            r#"{"error":{"code":400,"message":"the request exceeds the available context size, try increasing it","type":"exceed_context_size_error","n_prompt_tokens":14429,"n_ctx":8192}}"#,
+            (14429, 8192),
+        ),
+        (
+            500,
+            r#"{"error":{"code":500,"message":"too long","type":"exceed_context_size_error","n_prompt_tokens":1407,"n_ctx":256}}"#,
+            (1407, 256),
+        ),
+        (
+            400,
+            r#"{"object":"error","message":"The input (5000 tokens) is longer than the model's context length (4096 tokens).","code":400}"#,
+            (5000, 4096),
+        ),
+        (
+            400,
+            r#"{"message":"Requested token count exceeds the model's maximum context length of 4096 tokens. You requested a total of 5050 tokens: 5000 tokens from the input messages and 50 tokens for the completion."}"#,
+            (5000, 4096),
+        ),
         (400, r#"{"error":{"message":"too long","code":"context_length_exceeded"}}"#, (0, 77)),
     ] {
         let (prompt_tokens, context_tokens_max) = expected;
@@ -50,7 +78,9 @@ fn a_full_context_is_known_in_every_dialect() {
 #[test]
 fn a_budget_that_leaves_no_room_for_any_prompt_is_not_the_policys_doing() {
     let body = r#"{"error":{"message":"'max_tokens' or 'max_completion_tokens' is too large: 9000. This model's maximum context length is 4096 tokens and your request has 12 input tokens (9000 > 4096 - 12).","code":400}}"#;
-    let Refusal::Final(LlmError::InvalidRequest(text)) = of(400, body, 9_000) else { panic!("not blamed on the request") };
+    let Refusal::Final(LlmError::InvalidRequest(text)) = of(400, body, 9_000) else {
+        panic!("not blamed on the request")
+    };
     assert!(text.contains("`max_tokens` of 9000") && text.contains("4096"), "{text}");
 }
 
