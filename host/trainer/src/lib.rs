@@ -3,6 +3,7 @@
 mod checkpoint;
 pub mod config;
 mod dataset;
+mod endpoint;
 mod error;
 mod evaluate;
 mod fork;
@@ -22,9 +23,11 @@ mod train;
 
 pub use checkpoint::{CheckpointError, Totals};
 pub use dataset::DatasetError;
+pub use endpoint::{CheckedEndpoint, check_endpoints};
 pub use error::TrainError;
 pub use evaluate::{Evaluation, Score};
 pub use fork::{ForkOptions, fork};
+pub use fulgurite_grants::EndpointCheckError;
 pub use kept::KeptError;
 pub use plot::PlotError;
 pub use replay::{Exchanged, NewGrader, open_replayer};
