@@ -274,13 +274,11 @@ fn with_cause(error: &TrainError) -> String {
 }
 
 fn told(endpoint: &EndpointConfig, facts: &EndpointFacts) -> String {
-    let mut text = endpoint.url.clone().unwrap_or_default();
-    text.push_str(if facts.models.is_empty() { ", which does not tell its models" } else { "" });
-    if let Some(tokens) = facts.context_tokens_max {
-        text.push_str(&format!(", {tokens} tokens of context"));
+    let mut told = vec![endpoint.url.clone().unwrap_or_default()];
+    if facts.models.is_empty() {
+        told.push("which does not tell its models".to_owned());
     }
-    if let Some(seems) = facts.seems {
-        text.push_str(&format!("; {}", hint(seems)));
-    }
-    text
+    told.extend(facts.context_tokens_max.map(|tokens| format!("{tokens} tokens of context")));
+    told.extend(facts.seems.map(hint));
+    told.join(", ")
 }

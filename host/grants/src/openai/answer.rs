@@ -59,7 +59,7 @@ pub fn parse_completion(bytes: &[u8], asked: &Asked) -> Result<Completion, Malfo
     }
     let mut text = choice.message.content.clone().unwrap_or_default();
     let tool_calls = tool_calls(choice, asked.call_index, &mut text)?;
-    let usage = answer.usage.as_ref().and_then(Known::get).copied().unwrap_or_default();
+    let usage = known(answer.usage.as_ref()).copied().unwrap_or_default();
     let usage = Usage { prompt_tokens: usage.prompt_tokens, completion_tokens: usage.completion_tokens };
     let tokens = if asked.is_policy { tokens(&answer, choice, usage) } else { None };
     Ok(Completion {
@@ -135,10 +135,10 @@ fn not_trainable(tokens: Option<&TokenData>, asked: &Asked) -> Option<NotTrainab
 
 /// Ids and log-probs of an answer that has both for every token, in whatever way its server returns them; `None` otherwise.
 fn tokens(answer: &Answer, choice: &Choice, usage: Usage) -> Option<TokenData> {
-    let prompt_ids = known(&answer.prompt_token_ids).or_else(|| known(&choice.prompt_token_ids))?;
-    let said = known(&choice.logprobs).and_then(|found| found.content.as_deref()).unwrap_or_default();
-    let drawn = known(&choice.meta_info).map(|meta| meta.output_token_logprobs.as_slice()).unwrap_or_default();
-    let completion_ids: Vec<u32> = match known(&choice.token_ids) {
+    let prompt_ids = known(answer.prompt_token_ids.as_ref()).or_else(|| known(choice.prompt_token_ids.as_ref()))?;
+    let said = known(choice.logprobs.as_ref()).and_then(|found| found.content.as_deref()).unwrap_or_default();
+    let drawn = known(choice.meta_info.as_ref()).map(|meta| meta.output_token_logprobs.as_slice()).unwrap_or_default();
+    let completion_ids: Vec<u32> = match known(choice.token_ids.as_ref()) {
         Some(ids) => ids.clone(),
         None if !drawn.is_empty() => drawn.iter().map(|token| token.1).collect(),
         None => said.iter().map(|token| token.id).collect::<Option<_>>()?,
@@ -188,8 +188,8 @@ impl<T> Known<T> {
     }
 }
 
-fn known<T>(field: &Option<Known<T>>) -> Option<&T> {
-    field.as_ref().and_then(Known::get)
+fn known<T>(field: Option<&Known<T>>) -> Option<&T> {
+    field.and_then(Known::get)
 }
 
 #[derive(Debug, Deserialize)]
