@@ -177,7 +177,7 @@ fn two_forwards_are_equal_and_equal_to_the_forward_of_training() {
 /// token that outweighs the rest gives 1/n.
 #[test]
 fn the_effective_sample_size_is_that_of_the_importance_weights() {
-    for device in DEVICES {
+    for device in PolicyDevice::tested() {
         let config = config(device, 4, false);
         let (runner, parameters) = (runner(&config), parameters(&config, 1));
         let mut rows = rows(&runner, &parameters, 4);

@@ -13,9 +13,9 @@
 //! | `host/ratio_max` | the largest |
 //! | `host/effective_sample_size` | `(Σ w)² / (N Σ w²)` with w = π_θ/μ, 0 to 1; the smallest of the step's updates |
 //!
-//! Their first update runs on the weights that drew the tokens, so on one engine a step with one update has mismatch 0, ratio
-//! 1 and size 1; further updates and rollouts of older weights move them. Definitions:
-//! [`fulgurite_core::training::ForwardBackwardReport`].
+//! The first update of a step runs on the weights that drew its tokens, so on the device `cpu`, whose sampler and trainer have
+//! the same kernels, a step with one update has mismatch 0, ratio 1 and size 1; further updates and rollouts of older weights
+//! move them. Definitions: [`fulgurite_core::training::ForwardBackwardReport`].
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};

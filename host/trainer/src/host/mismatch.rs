@@ -9,9 +9,9 @@ use fulgurite_core::training::ForwardBackwardReport;
 pub(crate) struct Mismatch {
     tokens: f64,
     /// Sums over updates, weighted by their tokens.
-    mismatch: f64,
-    ratio: f64,
-    mismatch_max: f64,
+    difference_sum: f64,
+    ratio_sum: f64,
+    difference_max: f64,
     ratio_max: f64,
     effective_sample_size_min: f64,
 }
@@ -22,9 +22,9 @@ impl Mismatch {
         let tokens = report.trained_tokens as f64;
         Self {
             tokens,
-            mismatch: report.mismatch_mean * tokens,
-            ratio: report.ratio_mean * tokens,
-            mismatch_max: report.mismatch_max,
+            difference_sum: report.mismatch_mean * tokens,
+            ratio_sum: report.ratio_mean * tokens,
+            difference_max: report.mismatch_max,
             ratio_max: report.ratio_max,
             effective_sample_size_min: report.effective_sample_size,
         }
@@ -34,9 +34,9 @@ impl Mismatch {
     pub(crate) fn and(self, other: Self) -> Self {
         Self {
             tokens: self.tokens + other.tokens,
-            mismatch: self.mismatch + other.mismatch,
-            ratio: self.ratio + other.ratio,
-            mismatch_max: self.mismatch_max.max(other.mismatch_max),
+            difference_sum: self.difference_sum + other.difference_sum,
+            ratio_sum: self.ratio_sum + other.ratio_sum,
+            difference_max: self.difference_max.max(other.difference_max),
             ratio_max: self.ratio_max.max(other.ratio_max),
             effective_sample_size_min: self.effective_sample_size_min.min(other.effective_sample_size_min),
         }
@@ -47,9 +47,9 @@ impl Mismatch {
     pub(crate) fn write(self, scalars: &mut BTreeMap<String, f64>) {
         let tokens = self.tokens.max(1.0);
         let numbers = [
-            ("host/mismatch_mean", self.mismatch / tokens),
-            ("host/mismatch_max", self.mismatch_max),
-            ("host/ratio_mean", self.ratio / tokens),
+            ("host/mismatch_mean", self.difference_sum / tokens),
+            ("host/mismatch_max", self.difference_max),
+            ("host/ratio_mean", self.ratio_sum / tokens),
             ("host/ratio_max", self.ratio_max),
             ("host/effective_sample_size", self.effective_sample_size_min),
         ];
