@@ -122,8 +122,8 @@ pub(crate) struct TrainArguments {
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Which policy answers is said by the config: [policy.local] with its random weights or those of --policy, or
-[policy.scripted] with replies that are written down.
+Which policy answers is said by the config: [policy.local] with its random weights or those of --policy,
+[policy.endpoint] with the model of a server, or [policy.scripted] with replies that are written down.
 
 Example:
   fulgurite run examples/rooms/rooms.toml --policy runs/rooms-seed0/policies/grpo")]
@@ -511,6 +511,9 @@ pub(crate) struct BenchReplayArguments {
 
 #[derive(Debug, Args)]
 pub(crate) struct DoctorArguments {
+    /// A run's TOML file: its model endpoints are asked as well.
+    #[arg(long, value_name = "CONFIG")]
+    pub(crate) config: Option<PathBuf>,
     /// How the result is printed.
     #[arg(long, value_enum, default_value = "text")]
     pub(crate) output: Output,

@@ -6,10 +6,12 @@ use std::process::Command;
 use anyhow::anyhow;
 use fulgurite_policy::{DeviceFinding, PolicyDevice};
 use fulgurite_sandbox::{Sandbox, SandboxSettings};
+use fulgurite_trainer::config::RunConfig;
+use fulgurite_trainer::{CheckedEndpoint, check_endpoints};
 use serde::Serialize;
 
 use crate::arguments::{DoctorArguments, Output};
-use crate::failure::Failure;
+use crate::failure::{Failure, printable};
 use crate::terminal::{Style, paint};
 use crate::{paths, terminal, train};
 
@@ -21,15 +23,19 @@ const RUST_MINOR_MIN: u32 = 95;
 /// One finding.
 #[derive(Debug, Serialize)]
 struct Check {
-    name: &'static str,
+    name: String,
     ok: bool,
     found: String,
     /// What to do; empty when nothing is.
     fix: String,
 }
 
-pub(crate) fn doctor(arguments: &DoctorArguments) -> Result<(), Failure> {
-    let checks = [rust(), target(), linker(), cache(), processor()];
+pub(crate) async fn doctor(arguments: &DoctorArguments) -> Result<(), Failure> {
+    let mut checks = vec![rust(), target(), linker(), cache(), processor()];
+    if let Some(config) = &arguments.config {
+        let config = RunConfig::load(config)?;
+        checks.extend(check_endpoints(&config).await.into_iter().map(endpoint));
+    }
     match arguments.output {
         Output::Json => train::print_json(&checks)?,
         Output::Text => {
@@ -57,7 +63,7 @@ fn rust() -> Check {
     let found = output_of("rustc", &["--version"]);
     let minor = found.as_deref().and_then(|text| text.split('.').nth(1)?.parse::<u32>().ok());
     Check {
-        name: "rust",
+        name: "rust".to_owned(),
         ok: minor.is_some_and(|minor| minor >= RUST_MINOR_MIN),
         found: found.unwrap_or_else(|| "not found".to_owned()),
         fix: format!("install Rust 1.{RUST_MINOR_MIN} or newer with rustup (https://rustup.rs)"),
@@ -68,7 +74,7 @@ fn target() -> Check {
     let sysroot = output_of("rustc", &["--print", "sysroot"]);
     let ok = sysroot.is_some_and(|root| Path::new(&root).join("lib/rustlib").join(TARGET).join("lib").is_dir());
     Check {
-        name: "guest target",
+        name: "guest target".to_owned(),
         ok,
         found: if ok { TARGET.to_owned() } else { format!("{TARGET} is not installed") },
         fix: format!("rustup target add {TARGET}"),
@@ -78,7 +84,7 @@ fn target() -> Check {
 fn linker() -> Check {
     let found = output_of("cc", &["--version"]).and_then(|text| text.lines().next().map(str::to_owned));
     Check {
-        name: "C compiler",
+        name: "C compiler".to_owned(),
         ok: found.is_some(),
         found: found.unwrap_or_else(|| "not found".to_owned()),
         fix: "apt-get install gcc (or your system's compiler); Rust links with it".to_owned(),
@@ -88,7 +94,7 @@ fn linker() -> Check {
 fn cache() -> Check {
     let Some(folder) = paths::cache() else {
         return Check {
-            name: "component cache",
+            name: "component cache".to_owned(),
             ok: false,
             found: "no home folder".to_owned(),
             fix: "set HOME or FULGURITE_CACHE_DIR; without it every start compiles all components anew".to_owned(),
@@ -98,11 +104,20 @@ fn cache() -> Check {
     let usable = Sandbox::new(SandboxSettings { cache_dir: Some(folder.clone()), ..SandboxSettings::default() });
     let fix = usable.as_ref().err().map(|error| format!("{error}, or set FULGURITE_CACHE_DIR to another folder"));
     Check {
-        name: "component cache",
+        name: "component cache".to_owned(),
         ok: fix.is_none(),
         found: folder.display().to_string(),
         fix: fix.unwrap_or_default(),
     }
+}
+
+/// A server that the config names.
+fn endpoint(checked: CheckedEndpoint) -> Check {
+    let (ok, found, fix) = match checked.found {
+        Ok(found) => (true, found, String::new()),
+        Err(problem) => (false, "cannot be used".to_owned(), printable(&problem)),
+    };
+    Check { name: checked.section, ok, found: printable(&found), fix }
 }
 
 /// The device that `--device auto` would take, and why not the others. A machine without GPU lacks nothing.
@@ -113,7 +128,7 @@ fn processor() -> Check {
         format!("{}: {mark}{}", finding.device, finding.found)
     };
     Check {
-        name: "device",
+        name: "device".to_owned(),
         ok: true,
         found: findings.iter().map(shown).collect::<Vec<_>>().join("; "),
         fix: String::new(),

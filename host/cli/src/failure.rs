@@ -2,8 +2,8 @@
 
 use std::process::ExitCode;
 
-use fulgurite_trainer::TrainError;
 use fulgurite_trainer::config::ConfigError;
+use fulgurite_trainer::{EndpointCheckError, TrainError};
 use miette::{LabeledSpan, MietteDiagnostic, NamedSource, Report};
 
 /// An error with its exit code.
@@ -81,6 +81,7 @@ impl From<TrainError> for Failure {
             | TrainError::JudgeNotGranted { .. }
             | TrainError::Capability(_)
             | TrainError::Endpoint { .. }
+            | TrainError::EndpointCheck(EndpointCheckError::UnknownModel { .. })
             | TrainError::Script { .. }
             | TrainError::RunExists { .. }
             | TrainError::NothingToResume { .. }
@@ -89,10 +90,14 @@ impl From<TrainError> for Failure {
             TrainError::Stopped | TrainError::Drained { .. } => CODE_INTERRUPTED,
             _ => CODE_FAILED,
         };
-        let hint = matches!(error, TrainError::Algorithm { .. } | TrainError::EvaluationVoid { .. }).then(|| {
-            "what the rollouts did: `fulgurite rollouts list` and `fulgurite rollouts show ROLLOUT`".to_owned()
-        });
-        Self { error: error.into(), hint, code }
+        let hint = match &error {
+            TrainError::Algorithm { .. } | TrainError::EvaluationVoid { .. } => {
+                Some("what the rollouts did: `fulgurite rollouts list` and `fulgurite rollouts show ROLLOUT`")
+            }
+            TrainError::EndpointCheck(_) => Some("`fulgurite doctor --config CONFIG` asks every endpoint of a config"),
+            _ => None,
+        };
+        Self { hint: hint.map(str::to_owned), error: error.into(), code }
     }
 }
 

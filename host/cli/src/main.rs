@@ -55,7 +55,7 @@ fn execute(arguments: Arguments) -> Result<(), Failure> {
         Command::Bench { command } => bench::bench(command),
         Command::Store { command } => store::execute(&command),
         Command::Policy { command } => policy::execute(&command),
-        Command::Doctor(arguments) => doctor::doctor(&arguments),
+        Command::Doctor(arguments) => runtime()?.block_on(doctor::doctor(&arguments)),
     }
 }
 

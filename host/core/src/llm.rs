@@ -125,6 +125,28 @@ impl Default for Sampling {
     }
 }
 
+impl Sampling {
+    /// Fills what a request leaves at its default from what the run's config sets for the rollout. A rollout whose temperature
+    /// is not the default (an evaluation) overrides the request's.
+    #[must_use]
+    pub fn filled_from(self, rollout: &Self) -> Self {
+        let default = Self::default();
+        let pick =
+            |asked: f32, given: f32, default: f32| if asked.to_bits() == default.to_bits() { given } else { asked };
+        let rollout_decides = rollout.temperature.to_bits() != default.temperature.to_bits();
+        Self {
+            temperature: if rollout_decides { rollout.temperature } else { self.temperature },
+            top_p: pick(self.top_p, rollout.top_p, default.top_p),
+            top_k: if self.top_k == 0 { rollout.top_k } else { self.top_k },
+            min_p: pick(self.min_p, rollout.min_p, default.min_p),
+            max_tokens: if self.max_tokens == 0 { rollout.max_tokens } else { self.max_tokens },
+            stop: if self.stop.is_empty() { rollout.stop.clone() } else { self.stop },
+            seed: self.seed.or(rollout.seed),
+            constraint: self.constraint.or_else(|| rollout.constraint.clone()),
+        }
+    }
+}
+
 /// A shape that a completion must have.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -153,6 +153,10 @@ pub struct ForwardBackwardReport {
     pub mismatch_mean: f64,
     /// Largest |log π_θ − log μ|.
     pub mismatch_max: f64,
+    /// Effective sample size of the policy-gradient tokens under the weights w = π_θ/μ, as a share of their number N:
+    /// `(Σ w)² / (N Σ w²)` (Kish, Survey Sampling, 1965). 1 when trainer and sampler agree or differ by one factor
+    /// everywhere, 1/N when one token outweighs all others; 0 without such tokens.
+    pub effective_sample_size: f64,
     /// Mean negative log-probability of trained tokens (nats).
     pub cross_entropy: f64,
 }

@@ -211,13 +211,13 @@ impl HttpClient {
         Self { plugin: plugin.to_owned(), is_endpoint: false, servers: vec![], resolver: Arc::new(SystemResolver) }
     }
 
-    /// The client of a model endpoint, `[endpoint.NAME]` of the config.
+    /// The client of a model endpoint. `section` is its place in the config: `endpoint.NAME` or `policy.endpoint`.
     pub(crate) fn of_endpoint(
-        name: &str,
+        section: &str,
         grant: &HttpGrant,
         environment: &dyn Fn(&str) -> Option<String>,
     ) -> Result<Self, HttpSetupError> {
-        let client = Self::new(&format!("endpoint.{name}"), std::slice::from_ref(grant), environment)?;
+        let client = Self::new(section, std::slice::from_ref(grant), environment)?;
         Ok(Self { is_endpoint: true, ..client })
     }
 

@@ -16,7 +16,10 @@ mod tls;
 pub use capabilities::{CapabilityError, ToolCapabilities, needs_places};
 pub use folder::{FolderError, LookupError, NodeId, PinnedFolder};
 pub use http_client::{HttpClient, HttpError, HttpRequest, HttpResponse, HttpSetupError, Resolve, SystemResolver};
-pub use openai::OpenAiEndpoint;
+pub use openai::{
+    AdapterPush, Asked, EndpointCheckError, EndpointFacts, EndpointSettings, MalformedAnswer, OpenAiEndpoint,
+    ServerKind, parse_completion,
+};
 pub use overlap::{Guarded, Overlap, check_overlap};
 pub use secret::SecretError;
 pub use sqlite::{Database, Rows, Snapshot, SnapshotError, SqliteError, Value};

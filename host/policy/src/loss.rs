@@ -48,6 +48,11 @@ fn bounded_exp(difference: f64) -> (f64, bool) {
     if bounded.is_nan() { (1.0, true) } else { (bounded.exp(), difference.abs() > LOG_DIFFERENCE_MAX) }
 }
 
+/// π_θ/μ of one token.
+pub(crate) fn importance(log_prob: f64, behaviour: f64) -> f64 {
+    bounded_exp(log_prob - behaviour).0
+}
+
 /// Cross-entropy of one token.
 pub(crate) fn cross_entropy(input: &TokenInput) -> TokenLoss {
     TokenLoss { loss: -input.weight * input.log_prob, d_log_prob: -input.weight, ratio: 1.0, ..TokenLoss::default() }

@@ -117,24 +117,6 @@ fn recorded<'a>(history: &'a [Recorded], message: &Message) -> Option<&'a [u32]>
     found.map(|known| known.ids.as_slice())
 }
 
-/// Fills what the request leaves at its default from the session. A session whose temperature is not the default (an
-/// evaluation) overrides the request's.
-fn resolve(session: &Sampling, request: Sampling) -> Sampling {
-    let default = Sampling::default();
-    let pick = |asked: f32, given: f32, default: f32| if asked.to_bits() == default.to_bits() { given } else { asked };
-    let session_decides = session.temperature.to_bits() != default.temperature.to_bits();
-    Sampling {
-        temperature: if session_decides { session.temperature } else { request.temperature },
-        top_p: pick(request.top_p, session.top_p, default.top_p),
-        top_k: if request.top_k == 0 { session.top_k } else { request.top_k },
-        min_p: pick(request.min_p, session.min_p, default.min_p),
-        max_tokens: if request.max_tokens == 0 { session.max_tokens } else { request.max_tokens },
-        stop: if request.stop.is_empty() { session.stop.clone() } else { request.stop },
-        seed: request.seed.or(session.seed),
-        constraint: request.constraint.or_else(|| session.constraint.clone()),
-    }
-}
-
 fn check(sampling: &Sampling) -> Result<(), LlmError> {
     let invalid = |text: &str| Err(LlmError::InvalidRequest(text.to_owned()));
     if !(0.0..=100.0).contains(&sampling.temperature) {
@@ -170,7 +152,7 @@ impl Session {
         if request.messages.is_empty() {
             return Err(LlmError::InvalidRequest("`messages` is empty".to_owned()));
         }
-        let sampling = resolve(&self.info.sampling, request.sampling.clone());
+        let sampling = request.sampling.clone().filled_from(&self.info.sampling);
         check(&sampling)?;
         let prompt = self.encode(&request.messages, &request.tools)?;
         let seed = match sampling.seed {

@@ -133,6 +133,8 @@ struct Sums {
     ratio_max: f64,
     mismatch: f64,
     mismatch_max: f64,
+    importance: f64,
+    importance_squared: f64,
 }
 
 impl Sums {
@@ -149,6 +151,8 @@ impl Sums {
         self.ratio_max = self.ratio_max.max(other.ratio_max);
         self.mismatch += other.mismatch;
         self.mismatch_max = self.mismatch_max.max(other.mismatch_max);
+        self.importance += other.importance;
+        self.importance_squared += other.importance_squared;
     }
 
     fn report(&self, total_tokens: u64) -> ForwardBackwardReport {
@@ -165,6 +169,11 @@ impl Sums {
             ratio_max: self.ratio_max,
             mismatch_mean: mean(self.mismatch, self.policy_tokens),
             mismatch_max: self.mismatch_max,
+            effective_sample_size: if self.importance_squared > 0.0 {
+                self.importance.powi(2) / (self.policy_tokens as f64 * self.importance_squared)
+            } else {
+                0.0
+            },
             cross_entropy: mean(self.cross_entropy, self.tokens),
         }
     }
@@ -522,6 +531,9 @@ impl Job {
                     let mismatch = (log_prob - behaviour).abs();
                     sums.mismatch += mismatch;
                     sums.mismatch_max = sums.mismatch_max.max(mismatch);
+                    let importance = loss::importance(log_prob, behaviour);
+                    sums.importance += importance;
+                    sums.importance_squared += importance * importance;
                     (coefficient * token.d_log_prob, -entropy_coefficient)
                 }
             }

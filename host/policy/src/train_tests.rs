@@ -169,6 +169,49 @@ fn two_forwards_are_equal_and_equal_to_the_forward_of_training() {
         let report = run(&runner, &parameters, &rows, &LossSpec::default()).report;
         assert_eq!((report.mismatch_max, report.ratio_mean, report.ratio_max), (0.0, 1.0, 1.0));
         assert_eq!((report.clip_fraction, report.approximate_kl), (0.0, 0.0));
+        assert_eq!(report.effective_sample_size, 1.0);
+    }
+}
+
+/// Kish's formula by hand: weights 1 and 3 over n tokens give (2 n)² / (n · 5 n) = 0.8, one factor everywhere gives 1, and one
+/// token that outweighs the rest gives 1/n.
+#[test]
+fn the_effective_sample_size_is_that_of_the_importance_weights() {
+    for device in PolicyDevice::tested() {
+        let config = config(device, 4, false);
+        let (runner, parameters) = (runner(&config), parameters(&config, 1));
+        let mut rows = rows(&runner, &parameters, 4);
+        for row in &mut rows {
+            row.stream = Stream::Rl;
+            row.old_log_probs.clear();
+            // A weight of 0 is trained on by no stream.
+            for (weight, on) in row.weights.iter_mut().zip(&row.mask) {
+                *weight = if *on { 1.0 } else { 0.0 };
+            }
+        }
+        let known = runner.run(parameters.clone(), rows.clone(), Objective::Forward).unwrap().log_probs;
+        let size = |weight: &dyn Fn(usize) -> f32| {
+            let mut rows = rows.clone();
+            let mut tokens = 0;
+            for (row, known) in rows.iter_mut().zip(&known) {
+                for at in (0..row.ids.len()).filter(|at| row.mask[*at]) {
+                    row.behaviour_log_probs[at] = known.log_probs[at] - weight(tokens).ln();
+                    tokens += 1;
+                }
+            }
+            let report = run(&runner, &parameters, &rows, &LossSpec::default()).report;
+            assert_eq!(report.trained_tokens, tokens as u64);
+            (report.effective_sample_size, tokens as f64)
+        };
+        let (uniform, tokens) = size(&|_| 2.5);
+        assert!((uniform - 1.0).abs() < 1e-6, "{uniform}");
+        let (mixed, _) = size(&|token| if token % 2 == 0 { 1.0 } else { 3.0 });
+        // The number of tokens may be odd, and then one of the weights counts once more.
+        let (ones, threes) = ((tokens / 2.0).ceil(), (tokens / 2.0).floor());
+        let expected = (ones + 3.0 * threes).powi(2) / (tokens * (ones + 9.0 * threes));
+        assert!((mixed - expected).abs() < 1e-5 && (expected - 0.8).abs() < 0.02, "{mixed} {expected}");
+        let (single, tokens) = size(&|token| if token == 0 { 1e7 } else { 1.0 });
+        assert!((single * tokens - 1.0).abs() < 1e-4, "{single} of {tokens}");
     }
 }
 

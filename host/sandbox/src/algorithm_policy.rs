@@ -60,6 +60,7 @@ fn training_numbers(report: &ForwardBackwardReport) -> policy::Numbers {
         ("ratio-max", report.ratio_max),
         ("mismatch-mean", report.mismatch_mean),
         ("mismatch-max", report.mismatch_max),
+        ("effective-sample-size", report.effective_sample_size),
         ("cross-entropy", report.cross_entropy),
     ];
     numbers.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()

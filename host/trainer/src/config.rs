@@ -18,7 +18,7 @@ use fulgurite_runner::scripted::Script;
 use fulgurite_sandbox::PluginWorld;
 use serde::{Deserialize, Serialize};
 
-pub use crate::grants::EndpointConfig;
+pub use crate::endpoint::EndpointConfig;
 use crate::run_directory::RunDirectory;
 
 /// A run.
@@ -116,15 +116,18 @@ pub struct DatasetConfig {
     pub test: Option<PathBuf>,
 }
 
-/// Which model answers: one of the two, as `[policy.local]` or `[policy.scripted]`.
+/// Which model answers: one of the three, as `[policy.local]`, `[policy.endpoint]` or `[policy.scripted]`.
 ///
-/// Two options instead of an enum: serde buffers what it reads into an enum, and an error would not know its place any more.
+/// Options instead of an enum: serde buffers what it reads into an enum, and an error would not know its place any more.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PolicySection {
     /// A model that this run trains, from random weights.
     #[serde(default)]
     pub local: Option<LocalPolicyConfig>,
+    /// A server's model, for rollouts; nothing can be trained.
+    #[serde(default)]
+    pub endpoint: Option<EndpointConfig>,
     /// Scripted answers; nothing can be trained.
     #[serde(default)]
     pub scripted: Option<Script>,
@@ -417,17 +420,7 @@ impl RunConfig {
             }
             Some(_) => {}
         }
-        if self.policy.local.is_some() == self.policy.scripted.is_some() {
-            return fail("policy", "say one of [policy.local] and [policy.scripted]".to_owned());
-        }
-        if let Some(local) = &self.policy.local
-            && let Some(name) = local.tokenizer.corpus.iter().find(|name| !self.dataset.contains_key(*name))
-        {
-            return fail("policy.local.tokenizer.corpus", self.unknown_dataset(name));
-        }
-        if self.policy.scripted.is_some() && !(self.stage.is_empty() && self.control.is_empty()) {
-            return fail("policy.scripted", "a scripted policy cannot be trained; remove the stages".to_owned());
-        }
+        self.check_policy()?;
         for (kind, value) in &self.rollout.outcome_reward {
             if kind.blame() != Some(Blame::Policy) {
                 let field = format!("rollout.outcome_reward.{}", kind.as_str());
@@ -457,6 +450,32 @@ impl RunConfig {
         }
         if self.checkpoint.every_steps == 0 || self.checkpoint.keep == 0 {
             return fail("checkpoint", "`every_steps` and `keep` must be at least 1".to_owned());
+        }
+        Ok(())
+    }
+
+    fn check_policy(&self) -> Result<(), (String, String)> {
+        let fail = |field: &str, problem: String| Err((field.to_owned(), problem));
+        let policy = &self.policy;
+        let named = [policy.local.is_some(), policy.endpoint.is_some(), policy.scripted.is_some()];
+        if named.into_iter().filter(|named| *named).count() != 1 {
+            return fail("policy", "say one of [policy.local], [policy.endpoint] and [policy.scripted]".to_owned());
+        }
+        if let Some(local) = &policy.local
+            && let Some(name) = local.tokenizer.corpus.iter().find(|name| !self.dataset.contains_key(*name))
+        {
+            return fail("policy.local.tokenizer.corpus", self.unknown_dataset(name));
+        }
+        if let Some(endpoint) = &policy.endpoint {
+            let problem = |(field, problem)| (format!("policy.endpoint.{field}"), problem);
+            endpoint.check_policy(&self.limits, self.rollout.live_max).map_err(problem)?;
+        }
+        if policy.local.is_none() && !(self.stage.is_empty() && self.control.is_empty()) {
+            let (section, what) = match policy.endpoint {
+                Some(_) => ("policy.endpoint", "the model of a server cannot be trained here"),
+                None => ("policy.scripted", "a scripted policy cannot be trained"),
+            };
+            return fail(section, format!("{what}; remove the stages, or train a [policy.local]"));
         }
         Ok(())
     }
@@ -523,7 +542,10 @@ impl RunConfig {
                 let data = grants.folders.values_mut().chain(grants.sqlite.values_mut());
                 std::iter::once(&mut tool.component).chain(data).chain(authorities)
             }))
-            .chain(self.endpoint.values_mut().filter_map(|endpoint| endpoint.certificate_authority.as_mut()))
+            .chain(
+                (self.endpoint.values_mut().chain(&mut self.policy.endpoint))
+                    .filter_map(|endpoint| endpoint.certificate_authority.as_mut()),
+            )
             .chain(self.dataset.values_mut().flat_map(|set| [&mut set.train, &mut set.val, &mut set.test]).flatten());
         for path in paths {
             *path = normalise(&folder.join(&*path));

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use fulgurite_core::grant::Capability;
 use fulgurite_core::id::InvalidId;
-use fulgurite_grants::{CapabilityError, HttpSetupError};
+use fulgurite_grants::{CapabilityError, EndpointCheckError, HttpSetupError};
 use fulgurite_policy::PolicyError;
 use fulgurite_runner::RunnerError;
 use fulgurite_runner::replay::ReplayError;
@@ -46,14 +46,17 @@ pub enum TrainError {
     #[error(transparent)]
     Capability(#[from] CapabilityError),
     /// A model endpoint cannot be set up.
-    #[error("`endpoint.{name}`")]
+    #[error("`{section}`")]
     Endpoint {
-        /// Its name.
-        name: String,
+        /// Its place in the config.
+        section: String,
         /// Why.
         #[source]
         source: HttpSetupError,
     },
+    /// The policy's endpoint is not there, or not what the config says.
+    #[error(transparent)]
+    EndpointCheck(#[from] EndpointCheckError),
     /// The policy engine failed.
     #[error("the policy engine failed")]
     Policy(#[from] PolicyError),
@@ -131,7 +134,7 @@ pub enum TrainError {
         split: &'static str,
     },
     /// A config that was not checked has no model.
-    #[error("the config has neither [policy.local] nor [policy.scripted]")]
+    #[error("the config has none of [policy.local], [policy.endpoint] and [policy.scripted]")]
     NoPolicy,
     /// Asked to stop, and everything that lived has ended and is recorded.
     #[error("stopped on request; what had begun is recorded in {run}", run = .run.display())]

@@ -1,95 +1,20 @@
 //! What a run grants to its plugins, opened and checked before anything runs.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use fulgurite_core::dataset::DatasetItem;
-use fulgurite_core::grant::{AddressRange, Capability, EndpointGrants, HttpGrant, Origin, SecretSource};
-use fulgurite_core::limits::Limits;
+use fulgurite_core::grant::{Capability, EndpointGrants};
 use fulgurite_core::llm::LlmBackend;
-use fulgurite_grants::{Guarded, OpenAiEndpoint, ToolCapabilities};
-use fulgurite_runner::scripted::Script;
+use fulgurite_grants::{Guarded, ToolCapabilities};
 use fulgurite_runner::{Endpoints, RunnerGrants};
 use fulgurite_sandbox::{AgentPlugin, PluginError, Sandbox, ToolPlugin};
-use serde::{Deserialize, Serialize};
 
 use crate::config::{ConfigError, RunConfig};
+use crate::endpoint::environment;
 use crate::error::TrainError;
 use crate::run_directory::RunDirectory;
-use crate::setup::scripted;
-
-/// A model endpoint: a server that speaks OpenAI's chat completions (`url` and `model`), or a script (`scripted`).
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct EndpointConfig {
-    /// Where, up to what comes before `/chat/completions`: `https://api.example.com/v1`.
-    #[serde(default)]
-    pub url: Option<String>,
-    /// The model's name there.
-    #[serde(default)]
-    pub model: Option<String>,
-    /// Headers that the host adds: `headers.authorization = { env = "API_KEY", prefix = "Bearer " }`.
-    #[serde(default)]
-    pub headers: BTreeMap<String, SecretSource>,
-    /// Addresses that are not public and may be connected to all the same.
-    #[serde(default)]
-    pub allow_private: Vec<AddressRange>,
-    /// A PEM file with the certificate authority of the server, relative to the config file.
-    #[serde(default)]
-    pub certificate_authority: Option<PathBuf>,
-    /// Answers by script instead.
-    #[serde(default)]
-    pub scripted: Option<Script>,
-}
-
-impl EndpointConfig {
-    /// What makes no sense: the field below the endpoint, and the problem.
-    pub(crate) fn check(&self) -> Result<(), (&'static str, String)> {
-        match (&self.url, &self.scripted) {
-            (None, None) | (Some(_), Some(_)) => {
-                Err(("url", "say one of `url` (with `model`) and `scripted`".to_owned()))
-            }
-            (None, Some(_)) => Ok(()),
-            (Some(url), None) => {
-                let (_, path) = Origin::split(url).map_err(|error| ("url", error.to_string()))?;
-                if path.contains(['?', '#']) || path.ends_with("/chat/completions") {
-                    return Err(("url", "say what comes before `/chat/completions`, for example `.../v1`".to_owned()));
-                }
-                if self.model.as_ref().is_none_or(String::is_empty) {
-                    return Err(("model", "missing; which model to ask for".to_owned()));
-                }
-                Ok(())
-            }
-        }
-    }
-
-    fn open(&self, name: &str, items: &[Arc<DatasetItem>], limits: &Limits) -> Result<Arc<dyn LlmBackend>, TrainError> {
-        if let Some(script) = &self.scripted {
-            return scripted(&format!("endpoint.{name}"), script, items);
-        }
-        let url = self.url.as_deref().unwrap_or_default();
-        let failed = |source| TrainError::Endpoint { name: name.to_owned(), source };
-        let (origin, path) = Origin::split(url).map_err(|error| ConfigError::Invalid {
-            path: PathBuf::new(),
-            field: format!("endpoint.{name}.url"),
-            problem: error.to_string(),
-        })?;
-        let grant = HttpGrant {
-            origin,
-            headers: self.headers.clone(),
-            allow_private: self.allow_private.clone(),
-            certificate_authority: self.certificate_authority.clone(),
-        };
-        let model = self.model.as_deref().unwrap_or_default();
-        let endpoint = OpenAiEndpoint::new(name, model, &grant, path, limits, &environment).map_err(failed)?;
-        Ok(Arc::new(endpoint))
-    }
-}
-
-fn environment(name: &str) -> Option<String> {
-    std::env::var(name).ok()
-}
 
 /// Places that no grant may touch.
 fn guarded(run: &RunDirectory, cache: Option<&Path>) -> Vec<Guarded> {
@@ -155,7 +80,7 @@ pub(crate) fn open_endpoint(
             problem: "the recorded run granted it and it is not there any more; put it back".to_owned(),
         }));
     };
-    endpoint.open(name, items, &config.limits)
+    endpoint.open(name, items)
 }
 
 /// Everything that the runner is told about grants.
@@ -168,7 +93,7 @@ pub(crate) fn of_runner(
         let mut endpoints = BTreeMap::new();
         for name in &granted.endpoints {
             if let Some(endpoint) = config.endpoint.get(name) {
-                endpoints.insert(name.clone(), endpoint.open(name, items, &config.limits)?);
+                endpoints.insert(name.clone(), endpoint.open(name, items)?);
             }
         }
         Ok(endpoints)

@@ -2,6 +2,7 @@
 //! [`rollouts`].
 
 mod batch;
+mod mismatch;
 mod rollouts;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -28,6 +29,7 @@ use crate::metrics;
 
 pub(crate) use batch::CarriedBatch;
 use batch::{Carried, OpenBatch};
+use mismatch::Mismatch;
 
 /// Notes of one step. 64: a note is for people.
 const NOTES_MAX: usize = 64;
@@ -78,6 +80,8 @@ pub(crate) struct StageState {
     pub(crate) snapshots: u64,
     pub(crate) scalars: BTreeMap<String, f64>,
     pub(crate) notes: Vec<String>,
+    /// Of the step's updates by policy gradient so far.
+    mismatch: Option<Mismatch>,
     /// Rollouts enqueued by the step so far: the index in the next id.
     enqueued: u64,
     /// Demonstrations imported by the step so far.
@@ -166,8 +170,12 @@ impl StageHost {
         state.imported = 0;
         state.transitions.clear();
         state.estimates.clear();
+        let mut scalars = std::mem::take(&mut state.scalars);
+        if let Some(mismatch) = state.mismatch.take() {
+            mismatch.write(&mut scalars);
+        }
         EndedStep {
-            scalars: std::mem::take(&mut state.scalars),
+            scalars,
             notes: std::mem::take(&mut state.notes),
             carried,
             repeats: !std::mem::take(&mut state.depends_on_arrival),
@@ -330,8 +338,14 @@ impl AlgorithmHost for StageHost {
             self.check_stop()?;
             Self::only_policy(&model)?;
             let rows = self.rows(&batch)?;
+            let drawn = rows.iter().any(|row| row.stream == Stream::Rl);
             let report = self.engine.forward_backward(rows, loss).await.map_err(engine_error)?;
-            self.state().totals.tokens += report.total_tokens;
+            let mut state = self.state();
+            state.totals.tokens += report.total_tokens;
+            if drawn {
+                let found = Mismatch::of(&report);
+                state.mismatch = Some(state.mismatch.map_or(found, |before| before.and(found)));
+            }
             Ok(report)
         })
     }

@@ -3,6 +3,7 @@
 mod checkpoint;
 pub mod config;
 mod dataset;
+mod endpoint;
 mod error;
 mod estimate;
 mod evaluate;
@@ -23,10 +24,12 @@ mod train;
 
 pub use checkpoint::{CheckpointError, Totals};
 pub use dataset::DatasetError;
+pub use endpoint::{CheckedEndpoint, check_endpoints};
 pub use error::TrainError;
 pub use estimate::{Estimate, NoEstimate, estimate, forget_peak_memory, peak_memory_bytes, shown_duration};
 pub use evaluate::{Evaluation, Score};
 pub use fork::{ForkOptions, fork};
+pub use fulgurite_grants::EndpointCheckError;
 pub use kept::KeptError;
 pub use plot::PlotError;
 pub use replay::{Exchanged, NewGrader, open_replayer};

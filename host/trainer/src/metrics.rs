@@ -1,6 +1,21 @@
 //! Metrics of a run: one JSON line per step, the same as TensorBoard events, and wall-clock times apart from both.
 //!
 //! `metrics.jsonl` holds nothing that depends on the machine's speed, so one config and seed give the same bytes.
+//!
+//! A plugin names its metrics as it likes. The host adds `tokens_total` and `rollouts_total` (trained tokens and rollouts of
+//! the stage so far), and of every step that updates the policy by policy gradient, over all trained tokens:
+//!
+//! | name | what |
+//! |---|---|
+//! | `host/mismatch_mean` | mean of abs(log π_θ − log μ) in nats: how far trainer (π_θ) and sampler (μ) disagree; weighted by tokens over the step's updates |
+//! | `host/mismatch_max` | the largest |
+//! | `host/ratio_mean` | mean of the ratio π_θ/π_old of the loss; weighted likewise |
+//! | `host/ratio_max` | the largest |
+//! | `host/effective_sample_size` | `(Σ w)² / (N Σ w²)` with w = π_θ/μ, 0 to 1; the smallest of the step's updates |
+//!
+//! The first update of a step runs on the weights that drew its tokens, so on the device `cpu`, whose sampler and trainer have
+//! the same kernels, a step with one update has mismatch 0, ratio 1 and size 1; further updates and rollouts of older weights
+//! move them. Definitions: [`fulgurite_core::training::ForwardBackwardReport`].
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -12,6 +27,8 @@ use serde::{Deserialize, Serialize};
 use crate::run_directory::RunDirectory;
 use crate::tensorboard::EventWriter;
 
+/// How the host's own names begin.
+const HOST_PREFIX: &str = "host/";
 /// Longest name of a metric in bytes.
 pub const NAME_BYTES_MAX: usize = 64;
 
@@ -38,6 +55,9 @@ pub fn check(name: &str, value: f64) -> Result<(), String> {
     if name.is_empty() || name.len() > NAME_BYTES_MAX || !name.bytes().all(allowed) {
         let shown: String = name.chars().take(NAME_BYTES_MAX).filter(|c| !c.is_control()).collect();
         return Err(format!("metric name `{shown}`: use 1 to {NAME_BYTES_MAX} of a-z, 0-9, `_`, `/`, `-`"));
+    }
+    if name.starts_with(HOST_PREFIX) {
+        return Err(format!("metric name `{name}`: names that begin with `{HOST_PREFIX}` are the host's"));
     }
     if !value.is_finite() {
         return Err(format!("metric `{name}` is {value}, which is not a finite number"));
@@ -135,7 +155,8 @@ mod tests {
     #[test]
     fn names_and_values_of_plugins_are_checked() {
         assert!(check("reward/mean", 1.0).is_ok());
-        for (name, value) in [("", 0.0), ("Bad name", 0.0), ("x\u{1b}[2J", 0.0), ("x", f64::NAN), ("x", f64::INFINITY)]
+        for (name, value) in
+            [("", 0.0), ("Bad name", 0.0), ("host/x", 0.0), ("x\u{1b}[2J", 0.0), ("x", f64::NAN), ("x", f64::INFINITY)]
         {
             assert!(check(name, value).is_err(), "{name:?} {value}");
         }

@@ -48,7 +48,6 @@ pub async fn run(
         engine.restore(path).await?;
     }
     let version = setup.model.engine().map(PolicyEngine::version).unwrap_or_default();
-    let label = if setup.model.engine().is_some() { "policy" } else { "scripted" };
     let evaluator = setup.evaluator(&*progress);
     let sampling = &setup.config.rollout.sampling;
     // When asked to stop, begin nothing more: what lives ends and is recorded, and the same command goes on from there.
@@ -59,7 +58,7 @@ pub async fn run(
             runner.drain();
         }
     });
-    let found = evaluator.evaluate(label, sampling, &setup.model.backend(), version).await;
+    let found = evaluator.evaluate(setup.model.label(), sampling, &setup.model.backend(), version).await;
     drain.abort();
     let found = match found {
         Err(TrainError::Runner(RunnerError::Draining)) => return Err(TrainError::Drained { run: options.run }),

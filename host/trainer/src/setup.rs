@@ -14,7 +14,7 @@ use fulgurite_runner::{JinjaRenderer, Plugins, Recording, RetryPolicy, Runner, R
 use fulgurite_sandbox::{AlgorithmPlugin, Sandbox, SandboxSettings, Templates};
 use fulgurite_store::{RolloutStore, SledStore};
 
-use crate::config::{LocalPolicyConfig, RunConfig};
+use crate::config::{LocalPolicyConfig, PolicySection, RunConfig};
 use crate::dataset::{Dataset, corpus_of};
 use crate::error::TrainError;
 use crate::grants;
@@ -41,6 +41,8 @@ pub(crate) struct Setup {
 pub(crate) enum Model {
     /// A model that can be trained.
     Local(PolicyEngine),
+    /// A server's model.
+    Endpoint(Arc<dyn LlmBackend>),
     /// Scripted answers.
     Scripted(Arc<dyn LlmBackend>),
 }
@@ -49,14 +51,22 @@ impl Model {
     pub(crate) fn backend(&self) -> Arc<dyn LlmBackend> {
         match self {
             Self::Local(engine) => engine.backend(),
-            Self::Scripted(backend) => Arc::clone(backend),
+            Self::Endpoint(backend) | Self::Scripted(backend) => Arc::clone(backend),
         }
     }
 
     pub(crate) fn engine(&self) -> Option<&PolicyEngine> {
         match self {
             Self::Local(engine) => Some(engine),
-            Self::Scripted(_) => None,
+            Self::Endpoint(_) | Self::Scripted(_) => None,
+        }
+    }
+
+    /// Its name in the ids of held-out rollouts.
+    pub(crate) fn label(&self) -> &'static str {
+        match self {
+            Self::Local(_) | Self::Endpoint(_) => "policy",
+            Self::Scripted(_) => "scripted",
         }
     }
 }
@@ -124,10 +134,11 @@ impl Setup {
             grants: runner_grants,
         };
         let runner = Runner::new(store, plugins, settings)?;
-        let model = match (&config.policy.local, &config.policy.scripted) {
-            (Some(local), _) => Model::Local(fresh_policy(local, &datasets, seed).await?),
-            (None, Some(script)) => Model::Scripted(scripted("policy", script, &test_items)?),
-            (None, None) => return Err(TrainError::NoPolicy),
+        let model = match &config.policy {
+            PolicySection { local: Some(local), .. } => Model::Local(fresh_policy(local, &datasets, seed).await?),
+            PolicySection { endpoint: Some(endpoint), .. } => Model::Endpoint(endpoint.open_policy().await?),
+            PolicySection { scripted: Some(script), .. } => Model::Scripted(scripted("policy", script, &test_items)?),
+            PolicySection { .. } => return Err(TrainError::NoPolicy),
         };
         Ok(Self { config, run, seed, datasets, runner, resources_version, algorithms, model, test_items })
     }

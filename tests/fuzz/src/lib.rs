@@ -22,7 +22,7 @@ mod mutation;
 mod targets;
 
 pub use driver::{Failure, Settings, Statistics, corpus, drive, rerun};
-pub use targets::{config, plugin_inspection, record_decoding, span_decoding, value_unpacking};
+pub use targets::{config, endpoint_answer, plugin_inspection, record_decoding, span_decoding, value_unpacking};
 
 /// What became of an input: `ok`, or why it was refused, without what differs from input to input.
 pub type Verdict = String;
@@ -52,7 +52,7 @@ pub struct Target {
 }
 
 /// Every target. A parser of plugin manifests gets its function in `targets.rs`, its entry here and its folder in `corpus`.
-pub const TARGETS: [Target; 5] = [
+pub const TARGETS: [Target; 6] = [
     Target {
         name: "config",
         run: config,
@@ -79,6 +79,13 @@ pub const TARGETS: [Target; 5] = [
         run: value_unpacking,
         dictionary: &[],
         numbers: Numbers::Varint,
+        input_bytes_max: 8 << 10,
+    },
+    Target {
+        name: "endpoint_answer",
+        run: endpoint_answer,
+        dictionary: targets::ANSWER_WORDS,
+        numbers: Numbers::Text,
         input_bytes_max: 8 << 10,
     },
     Target {

@@ -4,7 +4,9 @@ use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
-use fulgurite_core::id::ContentHash;
+use fulgurite_core::id::{ContentHash, ResponseId};
+use fulgurite_core::llm::{Completion, Sampling};
+use fulgurite_grants::{Asked, parse_completion};
 use fulgurite_sandbox::{PluginError, Sandbox, SandboxSettings};
 use fulgurite_store::StoreError;
 use fulgurite_store::format::{decode_rollout, decode_spans, encode_rollout, encode_spans, pack, unpack};
@@ -20,6 +22,10 @@ const DECODING_BYTES_MAX: usize = 4 << 20;
 const DECODING_FACTOR_MAX: usize = 64;
 /// What LZ4 can make of one byte, twice: as it is written and as it is returned.
 const UNPACKING_FACTOR_MAX: usize = 2 * 256;
+/// Memory that reading an endpoint's answer may take beyond a multiple of its text.
+const ANSWER_BYTES_MAX: usize = 1 << 20;
+/// That multiple: the shortest choice has 14 bytes and takes 500 in memory, and a list that grows is there twice.
+const ANSWER_FACTOR_MAX: usize = 128;
 /// Memory that parsing a config may take beyond a multiple of its text.
 const PARSING_BYTES_MAX: usize = 1 << 20;
 /// That multiple: a key of one letter becomes a table entry with its place in the text.
@@ -114,6 +120,45 @@ pub fn value_unpacking(bytes: &[u8]) -> Verdict {
     }
 }
 
+/// A model endpoint's answer: becomes a completion or is refused, in bounded memory; token data are whole or not there, tool
+/// calls have ids of the host and arguments that parse, and a completion is recorded and read again as the same.
+///
+/// # Panics
+/// When that does not hold.
+#[must_use]
+pub fn endpoint_answer(bytes: &[u8]) -> Verdict {
+    let asked = Asked {
+        response_id: ResponseId("r/1/0".to_owned()),
+        call_index: 3,
+        sampling: Sampling::default(),
+        is_policy: true,
+        context_tokens_max: Some(4_096),
+    };
+    let (parsed, peak) = peak_bytes_of(|| parse_completion(bytes, &asked));
+    assert!(peak <= ANSWER_BYTES_MAX + ANSWER_FACTOR_MAX * bytes.len(), "{peak} bytes for {} of text", bytes.len());
+    let completion = match parsed {
+        Ok(completion) => completion,
+        Err(error) => return class(&error.to_string()),
+    };
+    assert_eq!(completion.tokens.is_some(), completion.not_trainable.is_none(), "{completion:?}");
+    if let Some(tokens) = &completion.tokens {
+        assert!(!tokens.prompt_ids.is_empty() && !tokens.completion_ids.is_empty());
+        assert_eq!(tokens.completion_ids.len(), tokens.log_probs.len());
+        assert!(tokens.log_probs.iter().all(|log_prob| log_prob.is_finite() && *log_prob <= 0.0));
+        assert_eq!(tokens.completion_ids.len(), completion.usage.completion_tokens as usize);
+    }
+    for (number, call) in completion.tool_calls.iter().enumerate() {
+        assert_eq!(call.id, format!("call-3-{number}"));
+        let arguments: serde_json::Value = serde_json::from_str(&call.arguments).expect("arguments are JSON");
+        assert!(arguments.is_object() && !call.name.is_empty(), "{call:?}");
+    }
+    let written = serde_json::to_vec(&completion).expect("a completion can be recorded");
+    let read: Completion = serde_json::from_slice(&written).expect("a record can be read");
+    assert_eq!(read, completion);
+    let kind = if completion.tokens.is_some() { "tokens" } else { "text" };
+    format!("{kind}, {} calls, {:?}: ok", completion.tool_calls.len().min(3), completion.finish_reason)
+}
+
 /// A plugin's file: is described or refused, and loaded as no more than it was described as.
 ///
 /// # Panics
@@ -176,6 +221,11 @@ pub(crate) const CONFIG_WORDS: &[&[u8]] = &[
     b"[templates]\n",
     b"[policy.local]\n",
     b"[policy.scripted]\n",
+    b"[policy.endpoint]\n",
+    b"url = ",
+    b"server = ",
+    b"timeout_ms = ",
+    b"retries_max = ",
     b"[experiment]\n",
     b"[checkpoint]\n",
     b"[grader]\n",
@@ -222,6 +272,46 @@ pub(crate) const CONFIG_WORDS: &[&[u8]] = &[
     b"\xef\xbb\xbf",
     b"[[[[[[[[",
     b"{a={a={a=",
+];
+
+/// Words of answers of model endpoints.
+pub(crate) const ANSWER_WORDS: &[&[u8]] = &[
+    b"\"choices\":[",
+    b"\"message\":{",
+    b"\"content\":",
+    b"\"tool_calls\":[",
+    b"\"function\":{",
+    b"\"name\":",
+    b"\"arguments\":",
+    b"\"finish_reason\":",
+    b"\"length\"",
+    b"\"tool_calls\"",
+    b"\"abort\"",
+    b"\"logprobs\":",
+    b"\"logprob\":",
+    b"\"id\":",
+    b"\"token_ids\":[",
+    b"\"prompt_token_ids\":[",
+    b"\"meta_info\":{",
+    b"\"output_token_logprobs\":[[",
+    b"\"usage\":{",
+    b"\"prompt_tokens\":",
+    b"\"completion_tokens\":",
+    b"null",
+    b"true",
+    b"{}",
+    b"[]",
+    b"\"\"",
+    b"\\u0000",
+    b"\\ud800",
+    b"-9999.0",
+    b"1e400",
+    b"1e-400",
+    b"-0.0",
+    b"4294967296",
+    b"\"{\\\"a\\\":1}\"",
+    b"[[[[[[[[",
+    b"{\"a\":{\"a\":{\"a\":",
 ];
 
 /// Words of records: enum tags and border lengths.

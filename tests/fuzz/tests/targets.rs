@@ -36,7 +36,7 @@ macro_rules! targets {
     };
 }
 
-targets! { config span_decoding record_decoding value_unpacking plugin_inspection }
+targets! { config span_decoding record_decoding value_unpacking endpoint_answer plugin_inspection }
 
 /// A corpus that is refused from the first byte on would test the first byte. Files called `refused-…` are meant to be.
 #[test]
