@@ -38,12 +38,13 @@ fn book(heard: &Heard, say: fn(&str) -> Value) -> Reply {
     Reply::ok(&answer)
 }
 
+/// A server that has the model and answers calls as it is told.
+fn serving(call: impl Fn(&Heard) -> Reply + Send + Sync + 'static) -> ModelServer {
+    ModelServer::start(move |_, heard| if heard.asks_for("/models") { Reply::ok(&models("vllm")) } else { call(heard) })
+}
+
 fn server(say: fn(&str) -> Value) -> ModelServer {
-    ModelServer::start(
-        move |_, heard| {
-            if heard.asks_for("/models") { Reply::ok(&models("vllm")) } else { book(heard, say) }
-        },
-    )
+    serving(move |heard| book(heard, say))
 }
 
 /// The example with a server's model instead of its own.
@@ -154,10 +155,12 @@ fn answers_without_ids_are_recorded_as_not_trainable() {
 fn a_server_that_fails_costs_attempts_and_one_that_stays_down_voids_the_evaluation() {
     // More failures than one call has tries: the first rollout's attempt ends, and its next one finds the server well.
     let failures = AtomicUsize::new(0);
-    let server = ModelServer::start(move |_, heard| match () {
-        () if heard.asks_for("/models") => Reply::ok(&models("vllm")),
-        () if failures.fetch_add(1, Ordering::SeqCst) < 3 => Reply::Answer(503, "", "loading".to_owned()),
-        () => book(heard, vllm_answer),
+    let server = serving(move |heard| {
+        if failures.fetch_add(1, Ordering::SeqCst) < 3 {
+            Reply::Answer(503, "", "loading".to_owned())
+        } else {
+            book(heard, vllm_answer)
+        }
     });
     let flaky = bench(&server.url(), "[rollout]\nlive_max = 1");
     let finished = run(&flaky, "a");
@@ -166,10 +169,7 @@ fn a_server_that_fails_costs_attempts_and_one_that_stays_down_voids_the_evaluati
     let first = flaky.succeed(&["rollouts", "show", FIRST, "--run", "a", "--output", "json"]).json();
     assert_eq!(first["attempt"]["key"]["attempt"], 2, "{}", first["attempt"]);
 
-    let down = ModelServer::start(|_, heard| match () {
-        () if heard.asks_for("/models") => Reply::ok(&models("vllm")),
-        () => Reply::Answer(503, "", "for ever".to_owned()),
-    });
+    let down = serving(|_| Reply::Answer(503, "", "for ever".to_owned()));
     let down = bench(&down.url(), "retries_max = 0");
     let finished = run(&down, "a");
     assert_eq!(finished.code, 1, "{}", finished.stderr);
@@ -184,12 +184,9 @@ fn a_server_that_fails_costs_attempts_and_one_that_stays_down_voids_the_evaluati
 
 #[test]
 fn a_full_context_is_graded_as_the_policys_doing() {
-    let server = ModelServer::start(|_, heard| match () {
-        () if heard.asks_for("/models") => Reply::ok(&models("vllm")),
-        () => {
-            let error = "This model's maximum context length is 16 tokens. However, your request has 40 input tokens.";
-            Reply::Answer(400, "", json!({"error": {"message": error, "code": 400}}).to_string())
-        }
+    let server = serving(|_| {
+        let error = "This model's maximum context length is 16 tokens. However, your request has 40 input tokens.";
+        Reply::Answer(400, "", json!({"error": {"message": error, "code": 400}}).to_string())
     });
     let finished = run(&bench(&server.url(), ""), "a");
     assert_eq!(finished.code, 0, "{}", finished.stderr);

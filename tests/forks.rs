@@ -115,6 +115,16 @@ fn an_algorithm_estimates_with_forks_that_are_never_trained_on_and_trains_on_tho
         // Tokens of the prefix are context: every token with a weight was drawn by the fork.
         same(scalar("trained_tokens"), scalar("fork_tokens"));
         assert!(scalar("fork_tokens") > 0.0 && scalar("total_tokens") > scalar("trained_tokens"), "{step}");
+        // Sampler and trainer have the same kernels and weights, and the host says so without the algorithm's doing.
+        for (name, value) in [
+            ("mismatch_mean", 0.0),
+            ("mismatch_max", 0.0),
+            ("ratio_mean", 1.0),
+            ("ratio_max", 1.0),
+            ("effective_sample_size", 1.0),
+        ] {
+            same(scalar(&format!("host/{name}")), value);
+        }
 
         // Two updates a step: before the first the prefix was drawn, after it what follows.
         let prefix = 2 * number as u64;

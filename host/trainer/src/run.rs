@@ -19,8 +19,8 @@ use crate::setup::Setup;
 pub struct RunOptions {
     /// The run's folder. Rollouts that it already holds are not run again.
     pub run: PathBuf,
-    /// Weights to evaluate, a folder under `policies/` of a training run; `None`: what the config says (random weights, or
-    /// its script).
+    /// Weights to evaluate, a folder under `policies/` of a training run; `None`: what the config says (random weights, a
+    /// server's model, or a script).
     pub policy: Option<PathBuf>,
     /// Folder of compiled components.
     pub cache: Option<PathBuf>,

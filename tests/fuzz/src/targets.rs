@@ -138,7 +138,8 @@ pub fn endpoint_answer(bytes: &[u8]) -> Verdict {
     assert!(peak <= ANSWER_BYTES_MAX + ANSWER_FACTOR_MAX * bytes.len(), "{peak} bytes for {} of text", bytes.len());
     let completion = match parsed {
         Ok(completion) => completion,
-        Err(error) => return class(&error.to_string()),
+        // What follows a quote is the input's.
+        Err(error) => return class(error.to_string().split(['`', '"', '\'']).next().unwrap_or_default()),
     };
     assert_eq!(completion.tokens.is_some(), completion.not_trainable.is_none(), "{completion:?}");
     if let Some(tokens) = &completion.tokens {
