@@ -415,6 +415,57 @@ pub(crate) enum BenchCommand {
     Replay(BenchReplayArguments),
     /// Durable spans a second, beside the same spans in bare sled.
     Store(BenchStoreArguments),
+    /// Tokens a second that the policy trains and draws, beside PyTorch.
+    Policy(BenchPolicyArguments),
+}
+
+/// What `bench policy` measures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BenchPolicyPart {
+    /// Gradient and optimiser step.
+    Train,
+    /// New tokens with seeds and log-probs, from ragged prompts.
+    Decode,
+    /// A group of 16 with one prompt beside the prompt alone.
+    Group,
+    /// Log-probs of sampling against those of training.
+    Mismatch,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Models have random weights: d128 is the preset tiny (0.9 million), d384 has 6 layers (9.8 million). Both sides work in f32.
+With --baseline each measurement runs in turns with PyTorch as one process of two threads and as two of one; the faster
+counts, and the ratio is of the medians. The baseline's packages stand in tests/baselines/requirements.txt.
+
+Examples:
+  fulgurite bench policy --only train --shapes d384
+  fulgurite bench policy --baseline venv/bin/python --output json")]
+pub(crate) struct BenchPolicyArguments {
+    /// Models, several values separated by commas: d128, d384.
+    #[arg(long, value_delimiter = ',', default_values = ["d128", "d384"])]
+    pub(crate) shapes: Vec<String>,
+    /// What is measured, several values separated by commas. Default: everything.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    pub(crate) only: Vec<BenchPolicyPart>,
+    /// Length of one measurement in seconds.
+    #[arg(long, default_value_t = 1.0)]
+    pub(crate) seconds: f64,
+    /// Measurements of each figure, in turns with the baseline's.
+    #[arg(long, default_value_t = 3)]
+    pub(crate) rounds: u32,
+    /// Threads of the policy. 0 takes one per core; the baseline always has two.
+    #[arg(long, default_value_t = 2)]
+    pub(crate) threads: usize,
+    /// A Python with the baseline's packages. Default: no baseline.
+    #[arg(long, value_name = "PYTHON")]
+    pub(crate) baseline: Option<PathBuf>,
+    /// The baseline's script.
+    #[arg(long, value_name = "FILE", default_value = "tests/baselines/torch_policy.py")]
+    pub(crate) script: PathBuf,
+    /// How the result is printed.
+    #[arg(long, value_enum, default_value = "text")]
+    pub(crate) output: Output,
 }
 
 #[derive(Debug, Args)]

@@ -1,8 +1,10 @@
 //! `fulgurite bench`: what this machine does, in figures that come with their setup.
 //!
-//! Every measurement runs in a process of its own, so that memory is its own too, and through the code of `fulgurite run`.
+//! Every measurement but the policy's runs in a process of its own, so that memory is its own too, and through the code of
+//! `fulgurite run`.
 
 mod load;
+mod policy;
 mod replay;
 mod sandbox;
 mod store;
@@ -20,6 +22,7 @@ pub(crate) fn bench(command: BenchCommand) -> Result<(), Failure> {
         BenchCommand::Sandbox(arguments) => sandbox::bench(&arguments),
         BenchCommand::Replay(arguments) => replay::bench(&arguments),
         BenchCommand::Store(arguments) => store::bench(&arguments),
+        BenchCommand::Policy(arguments) => crate::runtime()?.block_on(policy::bench(&arguments)),
     }
 }
 

@@ -14,7 +14,7 @@ use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
 
-use crate::kernel::{PANEL, dispatch, exp, sum_lanes};
+use crate::kernel::{PANEL, dispatch, exp, max_lanes, sum_lanes};
 
 /// Keys and values of one sequence in one layer.
 ///
@@ -128,7 +128,7 @@ pub(crate) fn exponentiate(scores: &mut [f32], seen: Range<usize>) -> f32 {
             maxima[i] = if chunk[i] > maxima[i] { chunk[i] } else { maxima[i] };
         }
     }
-    let max = maxima.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let max = max_lanes(maxima);
     let mut lanes = [0.0_f32; 16];
     for chunk in scores.as_chunks_mut::<16>().0 {
         for i in 0..16 {

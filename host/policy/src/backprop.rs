@@ -7,13 +7,13 @@
 //! (Rejected as the default on the CPU: burn's autodiff, which stays as [`crate::model`]. On the tiny model it spends a
 //! quarter of its time in matrix products; the rest goes into scalar exponentials, copies and fresh pages.)
 
-use crate::attention_kernel::{Attention, LayerCache};
 use crate::decoder::Decoder;
-use crate::gradient_kernel::{
-    AttentionBackward, AttentionScratch, RmsNormBackward, add_outer, add_rows, silu_gate_backward,
-};
+use crate::gradient_kernel::{RmsNormBackward, add_outer, add_rows, silu_gate_backward};
 use crate::kernel::{self, Packed};
+use crate::parallel;
 use crate::parameters::{Layout, Parameters, Values};
+use crate::row_attention::{RowAttention, RowAttentionBackward, RowProjections, RowScratch};
+use crate::shape::ModelShape;
 
 /// Transposed weights, packed for multiplying gradients with.
 #[derive(Debug)]
@@ -31,23 +31,21 @@ struct TransposedLayer {
 }
 
 impl Transposed {
-    /// Transposes and packs.
-    pub(crate) fn new(parameters: &Parameters) -> Self {
+    /// Transposes and packs on some threads.
+    pub(crate) fn new(parameters: &Parameters, threads: usize) -> Self {
         let shape = &parameters.shape;
         let tensor = |at: usize| parameters.values.get(at).map_or(&[][..], Vec::as_slice);
         let (d, ff, query, kv) = (shape.d_model, shape.d_ff, shape.query_width(), shape.kv_width());
         let layout = Layout::new(shape);
-        let layers = (0..shape.layers)
-            .map(|layer| {
-                let tensor = |part: usize| tensor(layout.layer(layer) + part);
-                TransposedLayer {
-                    query_key_value: Packed::transposed(d, &[(tensor(1), query), (tensor(2), kv), (tensor(3), kv)]),
-                    attention_out: Packed::transposed(query, &[(tensor(4), d)]),
-                    gate_up: Packed::transposed(d, &[(tensor(6), ff), (tensor(7), ff)]),
-                    down: Packed::transposed(ff, &[(tensor(8), d)]),
-                }
-            })
-            .collect();
+        let layers = parallel::map(threads, (0..shape.layers).collect(), |layer| {
+            let tensor = |part: usize| tensor(layout.layer(layer) + part);
+            TransposedLayer {
+                query_key_value: Packed::transposed(d, &[(tensor(1), query), (tensor(2), kv), (tensor(3), kv)]),
+                attention_out: Packed::transposed(query, &[(tensor(4), d)]),
+                gate_up: Packed::transposed(d, &[(tensor(6), ff), (tensor(7), ff)]),
+                down: Packed::transposed(ff, &[(tensor(8), d)]),
+            }
+        });
         let head = if shape.tie_embeddings {
             Packed::new(shape.vocabulary, &[(tensor(0), d)])
         } else {
@@ -88,14 +86,19 @@ pub(crate) struct Tape {
     /// `[selected, vocabulary]`: logits after [`forward`](Self::forward), to be replaced by their gradient before
     /// [`backward`](Self::backward).
     pub(crate) logits: Vec<f32>,
-    caches: (LayerCache, LayerCache),
-    scores: Vec<f32>,
     packed: Packed,
-    attention: AttentionScratch,
+    attention: RowScratch,
     d_x: Vec<f32>,
     d_wide: Vec<f32>,
     d_normed: Vec<f32>,
     d_mixed: Vec<f32>,
+}
+
+/// A buffer of `len` values in memory that is used again, to be overwritten as a whole: clearing it first would cost as much
+/// as writing it.
+fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    buffer.resize(len, 0.0);
+    buffer
 }
 
 /// A buffer of `len` zeros in memory that is used again.
@@ -140,10 +143,10 @@ impl Tape {
         self.layers.resize_with(shape.layers, Saved::default);
         for (layer, saved) in decoder.layers.iter().zip(&mut self.layers) {
             saved.x.clone_from(&self.x);
-            let normed = zeroed(&mut saved.normed, tokens * d);
+            let normed = sized(&mut saved.normed, tokens * d);
             kernel::rms_norm(&saved.x, &layer.attention_norm, epsilon, normed);
             let width = query + 2 * kv;
-            let projected = zeroed(&mut saved.projected, tokens * width);
+            let projected = sized(&mut saved.projected, tokens * width);
             layer.project(normed, projected);
             if layer.head_norms.is_some() {
                 let [queries, keys] = &mut saved.unnormed;
@@ -151,35 +154,28 @@ impl Tape {
                 gather(projected, width, query, kv, keys);
                 layer.normalise_heads(projected, shape);
             }
-            let mixed = zeroed(&mut saved.mixed, tokens * query);
+            let mixed = sized(&mut saved.mixed, tokens * query);
             let (mut projected, mut mixed) = (projected, mixed);
             for length in &self.lengths {
                 let (row, rest) = projected.split_at_mut(length * width);
                 projected = rest;
                 for (position, token) in row.chunks_exact_mut(width).enumerate() {
-                    let (rotated, values) = token.split_at_mut(query + kv);
                     let (cosines, sines) = decoder.rotary.at(position);
-                    for head in rotated.chunks_exact_mut(dim) {
+                    for head in token.split_at_mut(query + kv).0.chunks_exact_mut(dim) {
                         kernel::rotate(head, cosines, sines);
                     }
-                    self.caches.0.write(position, dim, rotated.split_at(query).1, values);
                 }
                 let (out, rest) = mixed.split_at_mut(length * query);
                 mixed = rest;
-                for (position, (token, out)) in row.chunks_exact(width).zip(out.chunks_exact_mut(query)).enumerate() {
-                    let (query, _) = token.split_at(query);
-                    let (cache, scores) = (&self.caches.0, &mut self.scores);
-                    let (first, length) = (shape.window_start(position + 1), position + 1);
-                    Attention { query, cache, first, length, dim, kv_width: kv, scores, out }.run();
-                }
+                RowAttention { row: projections(shape, row), scratch: &mut self.attention, mixed: out }.run();
             }
             layer.add_attention(&saved.mixed, &mut self.x);
             saved.x_middle.clone_from(&self.x);
-            let normed = zeroed(&mut saved.normed_middle, tokens * d);
+            let normed = sized(&mut saved.normed_middle, tokens * d);
             kernel::rms_norm(&saved.x_middle, &layer.mlp_norm, epsilon, normed);
-            let gate_up = zeroed(&mut saved.gate_up, tokens * layer.gate_up.width());
+            let gate_up = sized(&mut saved.gate_up, tokens * layer.gate_up.width());
             kernel::multiply::<false>(normed, &layer.gate_up, gate_up);
-            let activated = zeroed(&mut saved.activated, tokens * shape.d_ff);
+            let activated = sized(&mut saved.activated, tokens * shape.d_ff);
             kernel::silu_gate(gate_up, shape.d_ff, activated);
             kernel::multiply::<true>(activated, &layer.down, &mut self.x);
         }
@@ -189,9 +185,9 @@ impl Tape {
         for token in &self.selected {
             self.selected_x.extend_from_slice(self.x.get(token * d..(token + 1) * d).unwrap_or_default());
         }
-        let normed = zeroed(&mut self.selected_normed, self.selected_x.len());
+        let normed = sized(&mut self.selected_normed, self.selected_x.len());
         kernel::rms_norm(&self.selected_x, &decoder.norm, epsilon, normed);
-        let logits = zeroed(&mut self.logits, self.selected.len() * shape.vocabulary);
+        let logits = sized(&mut self.logits, self.selected.len() * shape.vocabulary);
         kernel::multiply::<false>(normed, &decoder.head, logits);
     }
 
@@ -211,7 +207,7 @@ impl Tape {
             self.packed.repack(&self.logits, shape.vocabulary, 0, shape.vocabulary);
             add_weight(gradient, last + 1, &self.selected_normed, d, &self.packed);
         }
-        let d_normed = zeroed(&mut self.d_normed, count * d);
+        let d_normed = sized(&mut self.d_normed, count * d);
         kernel::multiply::<false>(&self.logits, &transposed.head, d_normed);
         let dx = zeroed(&mut self.d_wide, count * d);
         if let Some(d_weight) = gradient.get_mut(last) {
@@ -257,15 +253,15 @@ impl Tape {
         // x + down(silu(gate) * up)
         self.packed.repack(&self.d_x, d, 0, d);
         add_weight(gradient, first + 8, &saved.activated, ff, &self.packed);
-        let d_activated = zeroed(&mut self.d_mixed, tokens * ff);
+        let d_activated = sized(&mut self.d_mixed, tokens * ff);
         kernel::multiply::<false>(&self.d_x, &back.down, d_activated);
-        let d_gate_up = zeroed(&mut self.d_wide, tokens * 2 * ff);
+        let d_gate_up = sized(&mut self.d_wide, tokens * 2 * ff);
         silu_gate_backward(&saved.gate_up, ff, d_activated, d_gate_up);
         for (part, tensor) in [(0, first + 6), (ff, first + 7)] {
             self.packed.repack(d_gate_up, 2 * ff, part, ff);
             add_weight(gradient, tensor, &saved.normed_middle, d, &self.packed);
         }
-        let dy = zeroed(&mut self.d_normed, tokens * d);
+        let dy = sized(&mut self.d_normed, tokens * d);
         kernel::multiply::<false>(d_gate_up, &back.gate_up, dy);
         if let Some(d_weight) = gradient.get_mut(first + 5) {
             let (x, weight, dx) = (&saved.x_middle, &layer.mlp_norm, &mut self.d_x);
@@ -278,10 +274,10 @@ impl Tape {
         if let Some(sums) = layout.out_bias.and_then(|part| gradient.get_mut(first + part)) {
             add_rows(&self.d_x, d, 0, sums);
         }
-        let d_mixed = zeroed(&mut self.d_mixed, tokens * query);
+        let d_mixed = sized(&mut self.d_mixed, tokens * query);
         kernel::multiply::<false>(&self.d_x, &back.attention_out, d_mixed);
         let width = query + 2 * kv;
-        zeroed(&mut self.d_wide, tokens * width);
+        sized(&mut self.d_wide, tokens * width);
         self.attention_backward(index, decoder);
         if let Some([query_norm, key_norm]) = layout.head_norms {
             self.head_norm_backward(index, decoder, [first + query_norm, first + key_norm], gradient);
@@ -295,7 +291,7 @@ impl Tape {
                 add_rows(&self.d_wide, width, part, sums);
             }
         }
-        let dy = zeroed(&mut self.d_normed, tokens * d);
+        let dy = sized(&mut self.d_normed, tokens * d);
         kernel::multiply::<false>(&self.d_wide, &back.query_key_value, dy);
         if let Some(d_weight) = gradient.get_mut(first) {
             let (x, weight, dx) = (&saved.x, &layer.attention_norm, &mut self.d_x);
@@ -334,7 +330,6 @@ impl Tape {
         let Some(saved) = self.layers.get(index) else { return };
         let (mut projected, mut mixed) = (saved.projected.as_slice(), saved.mixed.as_slice());
         let (mut d_mixed, mut d_projected) = (self.d_mixed.as_slice(), self.d_wide.as_mut_slice());
-        let (cache, mirror) = &mut self.caches;
         for length in &self.lengths {
             let (row, rest) = projected.split_at(length * width);
             projected = rest;
@@ -344,21 +339,10 @@ impl Tape {
             d_mixed = rest;
             let (row_out, rest) = d_projected.split_at_mut(length * width);
             d_projected = rest;
-            for (position, token) in row.chunks_exact(width).enumerate() {
-                let (keys, values) = token.split_at(query_width).1.split_at(kv_width);
-                cache.write(position, dim, keys, values);
-                mirror.write(position, dim, values, keys);
-            }
-            let task = AttentionBackward {
-                projected: row,
-                cache,
-                mirror,
+            let task = RowAttentionBackward {
+                row: projections(shape, row),
                 mixed: row_mixed,
                 d_mixed: row_d_mixed,
-                dim,
-                window: shape.sliding_window.unwrap_or(usize::MAX),
-                query_width,
-                kv_width,
                 scratch: &mut self.attention,
                 d_projected: row_out,
             };
@@ -370,6 +354,17 @@ impl Tape {
                 }
             }
         }
+    }
+}
+
+/// A row's projections, for attention.
+fn projections<'a>(shape: &ModelShape, projected: &'a [f32]) -> RowProjections<'a> {
+    RowProjections {
+        projected,
+        dim: shape.head_dim,
+        window: shape.sliding_window.unwrap_or(usize::MAX),
+        query_width: shape.query_width(),
+        kv_width: shape.kv_width(),
     }
 }
 

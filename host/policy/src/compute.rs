@@ -28,11 +28,13 @@ impl PackedModels {
         reference: Option<&Parameters>,
         tracked: bool,
         rotary: &Arc<RotaryTable>,
+        threads: usize,
     ) -> Self {
-        let pack = |parameters: &Parameters| Decoder::new(parameters, PolicyVersion::default(), rotary.clone());
+        let pack =
+            |parameters: &Parameters| Decoder::new(parameters, PolicyVersion::default(), rotary.clone(), threads);
         Self {
             decoder: pack(parameters),
-            transposed: tracked.then(|| Transposed::new(parameters)),
+            transposed: tracked.then(|| Transposed::new(parameters, threads)),
             reference: reference.map(pack),
         }
     }

@@ -7,6 +7,7 @@ use fulgurite_core::id::PolicyVersion;
 
 use crate::attention_kernel::{Attention, LayerCache};
 use crate::kernel::{self, Packed};
+use crate::parallel;
 use crate::parameters::{Layout, Parameters};
 use crate::rotary::RotaryTable;
 use crate::shape::ModelShape;
@@ -112,28 +113,31 @@ fn resized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
 }
 
 impl Decoder {
-    /// Packs weights.
-    pub(crate) fn new(parameters: &Parameters, version: PolicyVersion, rotary: Arc<RotaryTable>) -> Self {
+    /// Packs weights on some threads.
+    pub(crate) fn new(
+        parameters: &Parameters,
+        version: PolicyVersion,
+        rotary: Arc<RotaryTable>,
+        threads: usize,
+    ) -> Self {
         let shape = parameters.shape.clone();
         let tensor = |at: usize| parameters.values.get(at).map_or(&[][..], Vec::as_slice);
         let (d, ff, query, kv) = (shape.d_model, shape.d_ff, shape.query_width(), shape.kv_width());
         let layout = Layout::new(&shape);
-        let layers = (0..shape.layers)
-            .map(|layer| {
-                let tensor = |part: usize| tensor(layout.layer(layer) + part);
-                Layer {
-                    attention_norm: tensor(0).to_vec(),
-                    query_key_value: Packed::new(d, &[(tensor(1), query), (tensor(2), kv), (tensor(3), kv)]),
-                    biases: layout.biases.map(|parts| parts.map(tensor).concat()),
-                    head_norms: layout.head_norms.map(|parts| parts.map(|part| tensor(part).to_vec())),
-                    attention_out: Packed::new(query, &[(tensor(4), d)]),
-                    out_bias: layout.out_bias.map(|part| tensor(part).to_vec()),
-                    mlp_norm: tensor(5).to_vec(),
-                    gate_up: Packed::new(d, &[(tensor(6), ff), (tensor(7), ff)]),
-                    down: Packed::new(ff, &[(tensor(8), d)]),
-                }
-            })
-            .collect();
+        let layers = parallel::map(threads, (0..shape.layers).collect(), |layer| {
+            let tensor = |part: usize| tensor(layout.layer(layer) + part);
+            Layer {
+                attention_norm: tensor(0).to_vec(),
+                query_key_value: Packed::new(d, &[(tensor(1), query), (tensor(2), kv), (tensor(3), kv)]),
+                biases: layout.biases.map(|parts| parts.map(tensor).concat()),
+                head_norms: layout.head_norms.map(|parts| parts.map(|part| tensor(part).to_vec())),
+                attention_out: Packed::new(query, &[(tensor(4), d)]),
+                out_bias: layout.out_bias.map(|part| tensor(part).to_vec()),
+                mlp_norm: tensor(5).to_vec(),
+                gate_up: Packed::new(d, &[(tensor(6), ff), (tensor(7), ff)]),
+                down: Packed::new(ff, &[(tensor(8), d)]),
+            }
+        });
         let last = layout.norm();
         let head = if shape.tie_embeddings {
             Packed::transposed(shape.vocabulary, &[(tensor(0), d)])
@@ -232,7 +236,7 @@ mod tests {
         let config = PolicyConfig { kv_heads: Some(kv_heads), initial_std: 0.2, ..PolicyConfig::default() };
         let parameters = Parameters::initial(&config.shape(300).unwrap(), config.initial_std, Seed::new(3));
         let rotary = Arc::new(RotaryTable::new(&parameters.shape));
-        Decoder::new(&parameters, PolicyVersion(0), rotary)
+        Decoder::new(&parameters, PolicyVersion(0), rotary, 1)
     }
 
     #[test]

@@ -23,12 +23,13 @@ use crate::error::PolicyError;
 use crate::generate::{Generator, SchedulerLimits};
 use crate::loss::Normalisers;
 use crate::optimiser::{AdamW, gradient_norm};
+use crate::parallel;
 use crate::parameters::{Parameters, Values};
 use crate::rotary::RotaryTable;
 use crate::session::PolicyBackend;
 use crate::shape::ModelShape;
 use crate::tokenizer::PolicyTokenizer;
-use crate::train::{BatchRunner, Objective, Outcome, add, check_loss, check_rows};
+use crate::train::{BatchRunner, Objective, Outcome, check_loss, check_rows};
 
 /// Commands that may wait; verbs come one at a time, so this only absorbs bursts.
 const COMMANDS_MAX: usize = 64;
@@ -184,7 +185,7 @@ impl PolicyEngine {
             kv_cache_bytes_max: config.kv_cache_bytes_max,
             requests_waiting_max: config.requests_waiting_max,
         };
-        let decoder = Decoder::new(&start.parameters, start.version, rotary.clone());
+        let decoder = Decoder::new(&start.parameters, start.version, rotary.clone(), config.thread_count());
         let generator = Arc::new(Generator::start(decoder, tokenizer.clone(), limits).map_err(failed)?);
         let parameters = Arc::new(start.parameters);
         let published = Arc::new(Published(RwLock::new((parameters.clone(), start.version))));
@@ -418,7 +419,11 @@ impl Trainer {
     fn gather(&mut self, rows: Vec<TrainingRow>, objective: Objective) -> Result<Outcome, PolicyError> {
         let mut outcome = self.runner.run(self.parameters.clone(), rows, objective)?;
         match (&mut self.gradient, outcome.gradient.take()) {
-            (Some(total), Some(part)) => add(total, &part),
+            (Some(total), Some(part)) => {
+                let parts = [part];
+                parallel::add(self.runner.threads(), total, &parts);
+                parts.into_iter().for_each(|part| self.runner.recycle(part));
+            }
             (total, Some(part)) => *total = Some(part),
             (_, None) => {}
         }
@@ -477,20 +482,23 @@ impl Trainer {
         check("weight_decay", step.weight_decay)?;
         check("gradient_norm_max", step.gradient_norm_max.unwrap_or(0.0))?;
         let gradient = self.gradient.take().ok_or(PolicyError::NoGradient)?;
-        let norm = gradient_norm(&gradient);
+        let threads = self.runner.threads();
+        let norm = gradient_norm(&gradient, threads);
         let skipped = !norm.is_finite();
         if skipped {
             tracing::warn!(version = self.version.0, "the gradient is not finite: the step is skipped");
         } else {
-            self.optimiser.step(Arc::make_mut(&mut self.parameters), &gradient, norm, step);
+            self.optimiser.step(Arc::make_mut(&mut self.parameters), &gradient, norm, step, threads);
             self.version = PolicyVersion(self.version.0 + 1);
             self.publish();
         }
+        self.runner.recycle(gradient);
         Ok(OptimiserReport { gradient_norm: norm, skipped, policy_version: self.version })
     }
 
     fn publish(&self) {
-        self.generator.scheduler.publish(Decoder::new(&self.parameters, self.version, self.rotary.clone()));
+        let (rotary, threads) = (self.rotary.clone(), self.runner.threads());
+        self.generator.scheduler.publish(Decoder::new(&self.parameters, self.version, rotary, threads));
         self.published.set(self.parameters.clone(), self.version);
     }
 

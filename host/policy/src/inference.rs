@@ -69,7 +69,7 @@ impl Inference {
     /// On checked weights.
     pub(crate) fn new(config: &PolicyConfig, parameters: Arc<Parameters>) -> Result<Self, PolicyError> {
         let rotary = Arc::new(RotaryTable::new(&parameters.shape));
-        let packed = PackedModels::new(&parameters, None, false, &rotary);
+        let packed = PackedModels::new(&parameters, None, false, &rotary, 1);
         let runner = BatchRunner::new(config, rotary.clone())?;
         Ok(Self { parameters, packed, rotary, runner, backend: config.device.open()? })
     }
@@ -126,7 +126,10 @@ impl Inference {
         Ok(CrossEntropy {
             mean: outcome.report.cross_entropy,
             log_probs: log_probs.iter().flat_map(|row| row.log_probs.iter().skip(from).copied()).collect(),
-            gradient_norm: outcome.gradient.as_ref().map_or(0.0, gradient_norm),
+            gradient_norm: outcome
+                .gradient
+                .as_ref()
+                .map_or(0.0, |gradient| gradient_norm(gradient, self.runner.threads())),
         })
     }
 

@@ -63,6 +63,28 @@ impl Packed {
         }
     }
 
+    /// Packs the transpose of columns `first..first + k` of a row-major `[n, stride]` matrix into this one's memory, with
+    /// columns of zeros up to a whole panel.
+    pub(crate) fn repack_across(&mut self, values: &[f32], stride: usize, first: usize, k: usize) {
+        let n = values.len() / stride.max(1);
+        assert!(values.len() == n * stride && first + k <= stride);
+        (self.k, self.n) = (k, n.next_multiple_of(PANEL));
+        self.panels.resize(self.n * k, 0.0);
+        let panels = self.panels.chunks_exact_mut((k * PANEL).max(1));
+        for (panel, rows) in panels.zip(values.chunks(stride * PANEL)) {
+            let (slots, _) = panel.as_chunks_mut::<PANEL>();
+            across(rows, stride, first..first + k, slots);
+            for slot in slots {
+                slot[rows.len() / stride..].fill(0.0);
+            }
+        }
+    }
+
+    /// The panels, each with a row of [`PANEL`] columns for each of `k`.
+    pub(crate) fn panels(&self) -> impl Iterator<Item = &[[f32; PANEL]]> {
+        self.panels.chunks_exact((self.k * PANEL).max(1)).map(|panel| panel.as_chunks::<PANEL>().0)
+    }
+
     /// Packs matrices `[k, n_i]` (row-major) side by side.
     pub(crate) fn new(k: usize, parts: &[(&[f32], usize)]) -> Self {
         let n: usize = parts.iter().map(|(_, width)| width).sum();
@@ -71,9 +93,13 @@ impl Packed {
         for (values, width) in parts {
             assert_eq!(values.len(), k * width);
             for (row, values) in values.chunks_exact((*width).max(1)).enumerate() {
-                for (offset, value) in values.iter().enumerate() {
-                    let column = first + offset;
-                    panels[(column / PANEL * k + row) * PANEL + column % PANEL] = *value;
+                // In pieces that end where a panel does.
+                let (mut column, mut rest) = (first, values);
+                while !rest.is_empty() {
+                    let (piece, after) = rest.split_at(rest.len().min(PANEL - column % PANEL));
+                    let at = (column / PANEL * k + row) * PANEL + column % PANEL;
+                    panels[at..at + piece.len()].copy_from_slice(piece);
+                    (column, rest) = (column + piece.len(), after);
                 }
             }
             first += width;
@@ -88,11 +114,10 @@ impl Packed {
         let mut first = 0;
         for (values, width) in parts {
             assert_eq!(values.len(), n * width);
-            for (column, values) in values.chunks_exact((*width).max(1)).enumerate() {
-                let base = (column / PANEL * k + first) * PANEL + column % PANEL;
-                for (slot, value) in panels.iter_mut().skip(base).step_by(PANEL).zip(values) {
-                    *slot = *value;
-                }
+            let rows = values.chunks((*width).max(1) * PANEL);
+            for (panel, rows) in panels.chunks_exact_mut((k * PANEL).max(1)).zip(rows) {
+                let (slots, _) = panel.as_chunks_mut::<PANEL>();
+                across(rows, *width, 0..*width, &mut slots[first..first + width]);
             }
             first += width;
         }
@@ -102,6 +127,19 @@ impl Packed {
     /// Columns.
     pub(crate) fn width(&self) -> usize {
         self.n
+    }
+}
+
+/// Turns some columns of at most [`PANEL`] rows into the rows of a panel.
+fn across(rows: &[f32], stride: usize, columns: Range<usize>, slots: &mut [[f32; PANEL]]) {
+    /// Columns at a time: what is read and written meanwhile stays in the nearest cache.
+    const BLOCK: usize = 16;
+    for (slots, first) in slots.chunks_mut(BLOCK).zip(columns.clone().step_by(BLOCK)) {
+        for (column, row) in rows.chunks_exact(stride.max(1)).enumerate() {
+            for (slot, value) in slots.iter_mut().zip(&row[first..columns.end]) {
+                slot[column] = *value;
+            }
+        }
     }
 }
 
@@ -208,6 +246,20 @@ pub(crate) fn sum_lanes(lanes: [f32; 16]) -> f32 {
     while width > 0 {
         for i in 0..width {
             lanes[i] += lanes[i + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// Largest of 16 lanes.
+#[inline(always)]
+pub(crate) fn max_lanes(lanes: [f32; 16]) -> f32 {
+    let mut lanes = lanes;
+    let mut width = 8;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] = if lanes[i + width] > lanes[i] { lanes[i + width] } else { lanes[i] };
         }
         width /= 2;
     }
@@ -398,7 +450,7 @@ impl WithSimd for LogNormaliser<'_> {
             *value /= self.temperature;
             max = max.max(*value);
         }
-        max = maxima.iter().copied().fold(max, f32::max);
+        max = max.max(max_lanes(maxima));
         let mut lanes = [0.0_f32; 16];
         for chunk in chunks.iter() {
             for i in 0..16 {

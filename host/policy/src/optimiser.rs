@@ -5,6 +5,7 @@
 
 use fulgurite_core::training::OptimiserStep;
 
+use crate::parallel::{self, JOB_VALUES};
 use crate::parameters::{Kind, Parameters, Values};
 
 /// Decay of the first moment.
@@ -23,9 +24,18 @@ pub(crate) struct AdamW {
 }
 
 /// Euclidean norm over all tensors.
-pub(crate) fn gradient_norm(gradient: &Values) -> f64 {
-    let squares = gradient.iter().map(|values| values.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>());
-    squares.sum::<f64>().sqrt()
+pub(crate) fn gradient_norm(gradient: &Values, threads: usize) -> f64 {
+    parallel::sum_of_squares(threads, gradient).sqrt()
+}
+
+/// Some weights of one tensor with all that belongs to them.
+struct Stretch<'a> {
+    weights: &'a mut [f32],
+    gradient: &'a [f32],
+    first: &'a mut [f32],
+    second: &'a mut [f32],
+    /// What the weights are multiplied by before the step.
+    decay: f32,
 }
 
 impl AdamW {
@@ -34,8 +44,15 @@ impl AdamW {
         Self { first: parameters.zeros(), second: parameters.zeros(), steps: 0 }
     }
 
-    /// One step. The gradient's norm must be finite.
-    pub(crate) fn step(&mut self, parameters: &mut Parameters, gradient: &Values, norm: f64, step: &OptimiserStep) {
+    /// One step. The gradient's norm must be finite. The number of threads changes no bit.
+    pub(crate) fn step(
+        &mut self,
+        parameters: &mut Parameters,
+        gradient: &Values,
+        norm: f64,
+        step: &OptimiserStep,
+        threads: usize,
+    ) {
         self.steps += 1;
         let scale = match step.gradient_norm_max {
             Some(max) if norm > max => max / (norm + 1e-6),
@@ -48,15 +65,27 @@ impl AdamW {
         let (scale, size, root) = narrow(scale, size, 1.0 / second_correction.sqrt());
         let (beta_1, beta_2, decay) = narrow(BETA_1, BETA_2, 1.0 - step.learning_rate * step.weight_decay);
         let tensors = parameters.specs.iter().zip(&mut parameters.values).zip(gradient);
+        let mut jobs = Vec::new();
         for (((spec, weights), gradient), (first, second)) in tensors.zip(self.first.iter_mut().zip(&mut self.second)) {
             let decay = if matches!(spec.kind, Kind::Norm | Kind::Bias) { 1.0 } else { decay };
+            let moments = first.chunks_mut(JOB_VALUES).zip(second.chunks_mut(JOB_VALUES));
+            let stretches = weights.chunks_mut(JOB_VALUES).zip(gradient.chunks(JOB_VALUES)).zip(moments);
+            jobs.extend(stretches.map(|((weights, gradient), (first, second))| Stretch {
+                weights,
+                gradient,
+                first,
+                second,
+                decay,
+            }));
+        }
+        parallel::each(threads, jobs, |Stretch { weights, gradient, first, second, decay }| {
             for (((weight, gradient), first), second) in weights.iter_mut().zip(gradient).zip(first).zip(second) {
                 let gradient = gradient * scale;
                 *first = beta_1 * *first + (1.0 - beta_1) * gradient;
                 *second = beta_2 * *second + (1.0 - beta_2) * gradient * gradient;
                 *weight = *weight * decay - size * *first / (second.sqrt() * root + EPSILON);
             }
-        }
+        });
     }
 }
 
@@ -92,7 +121,7 @@ mod tests {
             let g = 0.3 / f64::from(t) - 0.1;
             let mut gradient = parameters.zeros();
             gradient[2][5] = g as f32;
-            adam.step(&mut parameters, &gradient, gradient_norm(&gradient), &step(0.01, 0.1, None));
+            adam.step(&mut parameters, &gradient, gradient_norm(&gradient, 1), &step(0.01, 0.1, None), 1);
             m = 0.9 * m + 0.1 * g;
             v = 0.95 * v + 0.05 * g * g;
             let (m_hat, v_hat) = (m / (1.0 - 0.9_f64.powi(t)), v / (1.0 - 0.95_f64.powi(t)));
@@ -108,9 +137,9 @@ mod tests {
         let mut gradient = clipped.zeros();
         gradient[2][0] = 3.0;
         gradient[3][0] = 4.0;
-        let norm = gradient_norm(&gradient);
+        let norm = gradient_norm(&gradient, 1);
         assert!((norm - 5.0).abs() < 1e-9);
-        adam.step(&mut clipped, &gradient, norm, &step(0.1, 0.5, Some(1.0)));
+        adam.step(&mut clipped, &gradient, norm, &step(0.1, 0.5, Some(1.0)), 2);
         assert!((adam.first[2][0] - 0.06).abs() < 1e-6 && (adam.first[3][0] - 0.08).abs() < 1e-6);
         assert!(clipped.values[1].iter().all(|w| *w == 1.0), "a norm's weights");
         assert!(clipped.values[0][0] != parameters().values[0][0], "an embedding decays");
@@ -122,7 +151,23 @@ mod tests {
         let before = parameters.hash();
         let mut adam = AdamW::new(&parameters);
         let gradient: Values = parameters.values.iter().map(|t| t.iter().map(|w| w * 3.0 + 0.1).collect()).collect();
-        adam.step(&mut parameters, &gradient, gradient_norm(&gradient), &step(0.0, 0.1, Some(1.0)));
+        adam.step(&mut parameters, &gradient, gradient_norm(&gradient, 1), &step(0.0, 0.1, Some(1.0)), 3);
         assert_eq!(parameters.hash(), before);
+    }
+
+    #[test]
+    fn threads_change_no_bit() {
+        let run = |threads| {
+            let mut parameters = parameters();
+            let mut adam = AdamW::new(&parameters);
+            for _ in 0..2 {
+                let gradient: Values =
+                    parameters.values.iter().map(|t| t.iter().map(|w| w * 3.0 + 0.1).collect()).collect();
+                let norm = gradient_norm(&gradient, threads);
+                adam.step(&mut parameters, &gradient, norm, &step(0.01, 0.1, Some(1.0)), threads);
+            }
+            (parameters.hash(), adam)
+        };
+        assert_eq!(run(1), run(3));
     }
 }

@@ -21,6 +21,7 @@ use crate::device::Backend;
 use crate::error::PolicyError;
 use crate::kernel;
 use crate::loss::{self, Normalisers, TokenInput};
+use crate::parallel;
 use crate::parameters::{Parameters, Values};
 use crate::rotary::RotaryTable;
 use crate::shape::ModelShape;
@@ -280,8 +281,6 @@ impl BatchRunner {
                 .iter()
                 .map(|row| RowLogProbs { log_probs: vec![0.0; row.ids.len()], entropies: vec![0.0; row.ids.len()] })
                 .collect();
-        } else {
-            outcome.gradient = Some(parameters.zeros());
         }
         let shards = plan(&rows, self.shards, self.micro_batch_tokens_max);
         let results = Mutex::new(shards.iter().map(|_| None).collect());
@@ -290,7 +289,7 @@ impl BatchRunner {
             Backend::Kernels => {
                 let tracked = !matches!(objective, Objective::Forward);
                 let reference = objective.reference().map(|reference| &**reference);
-                Models::Packed(Box::new(PackedModels::new(&parameters, reference, tracked, &rotary)))
+                Models::Packed(Box::new(PackedModels::new(&parameters, reference, tracked, &rotary, self.threads())))
             }
             Backend::Burn(device) => Models::Burn(device.clone()),
         };
@@ -313,37 +312,45 @@ impl BatchRunner {
         }
 
         let mut sums = Sums::default();
+        let mut gradients = Vec::new();
         let results = std::mem::take(&mut *job.results.lock().unwrap_or_else(PoisonError::into_inner));
         for result in results {
             let result = result.ok_or_else(|| PolicyError::Internal("a shard has no result".to_owned()))?;
             sums.add(&result.sums);
-            if let (Some(total), Some(part)) = (&mut outcome.gradient, result.gradient) {
-                add(total, &part);
-                give_back(&self.memory.gradients, part);
-            }
+            gradients.extend(result.gradient);
             for (row, log_probs) in result.log_probs {
                 if let Some(slot) = outcome.log_probs.get_mut(row) {
                     *slot = log_probs;
                 }
             }
         }
+        if !forward {
+            let mut gradients = gradients.into_iter();
+            // No row may have a trained token.
+            let mut total = gradients.next().unwrap_or_else(|| job.parameters.zeros());
+            let parts: Vec<Values> = gradients.collect();
+            parallel::add(self.threads(), &mut total, &parts);
+            parts.into_iter().for_each(|part| give_back(&self.memory.gradients, part));
+            outcome.gradient = Some(total);
+        }
         outcome.report = sums.report(total_tokens);
         Ok(outcome)
+    }
+
+    /// Threads of what is done between batches: as many as workers.
+    pub(crate) fn threads(&self) -> usize {
+        self.workers.len()
+    }
+
+    /// Takes back a gradient that is no longer needed, for its memory.
+    pub(crate) fn recycle(&self, gradient: Values) {
+        give_back(&self.memory.gradients, gradient);
     }
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
     format!("a training worker panicked: {}", text.unwrap_or("no message"))
-}
-
-/// Adds values of the same layout.
-pub(crate) fn add(total: &mut Values, part: &Values) {
-    for (total, part) in total.iter_mut().zip(part) {
-        for (total, part) in total.iter_mut().zip(part) {
-            *total += part;
-        }
-    }
 }
 
 /// Deals micro-batches to shards: a function of the rows' lengths and order alone.
