@@ -422,7 +422,9 @@ impl Trainer {
             (Some(total), Some(part)) => {
                 let parts = [part];
                 parallel::add(self.runner.threads(), total, &parts);
-                parts.into_iter().for_each(|part| self.runner.recycle(part));
+                for part in parts {
+                    self.runner.recycle(part);
+                }
             }
             (total, Some(part)) => *total = Some(part),
             (_, None) => {}

@@ -247,6 +247,10 @@ fn mix_tile<S: Simd, const V: usize, const R: usize>(
 
 /// `rows · panel`, for rows as long as the panel.
 #[inline(always)]
+#[expect(
+    clippy::needless_range_loop,
+    reason = "an iterator keeps the rows in memory, and their lengths unknown to the loop"
+)]
 fn product<S: Simd, const V: usize, const R: usize>(
     simd: S,
     rows: [&[f32]; R],

@@ -330,7 +330,9 @@ impl BatchRunner {
             let mut total = gradients.next().unwrap_or_else(|| job.parameters.zeros());
             let parts: Vec<Values> = gradients.collect();
             parallel::add(self.threads(), &mut total, &parts);
-            parts.into_iter().for_each(|part| give_back(&self.memory.gradients, part));
+            for part in parts {
+                self.recycle(part);
+            }
             outcome.gradient = Some(total);
         }
         outcome.report = sums.report(total_tokens);

@@ -145,18 +145,21 @@ impl Process {
 
     fn send(&mut self, request: &Value) -> Result<(), Failure> {
         let sent = writeln!(self.input, "{request}").and_then(|()| self.input.flush());
-        sent.context("the baseline has ended").map_err(Failure::failed)
+        sent.context("the baseline has ended").map_err(|error| ended(Failure::failed(error)))
     }
 
     fn answer(&mut self) -> Result<Value, Failure> {
         let mut line = String::new();
         let read = self.output.read_line(&mut line).context("the baseline cannot be read").map_err(Failure::failed)?;
         if read == 0 {
-            let error = Failure::failed(anyhow!("the baseline ended without an answer"));
-            return Err(error.hint("the Python of `--baseline` needs the packages of tests/baselines/requirements.txt"));
+            return Err(ended(Failure::failed(anyhow!("the baseline ended without an answer"))));
         }
         serde_json::from_str(&line).with_context(|| format!("the baseline printed `{line}`")).map_err(Failure::failed)
     }
+}
+
+fn ended(failure: Failure) -> Failure {
+    failure.hint("the Python of `--baseline` needs the packages of tests/baselines/requirements.txt")
 }
 
 impl Drop for Process {
