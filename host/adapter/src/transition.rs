@@ -58,6 +58,7 @@ impl Transition {
             log_probs: vec![],
             processed_log_probs: vec![],
             policy_version: PolicyVersion::default(),
+            token_versions: vec![],
         };
         Self {
             id,

@@ -64,6 +64,7 @@ fn completion(call_index: u64, prompt: &[u32], drawn: &[u32]) -> Completion {
             log_probs: (0..drawn.len()).map(|place| log_prob(call_index, place)).collect(),
             processed_log_probs: vec![],
             policy_version: PolicyVersion(3),
+            token_versions: vec![],
         }),
         not_trainable: None,
     }

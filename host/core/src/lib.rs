@@ -17,6 +17,7 @@ pub mod outcome;
 pub mod record;
 pub mod recording;
 pub mod reward;
+pub mod sampling;
 pub mod seed;
 pub mod span;
 pub mod state;

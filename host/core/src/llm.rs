@@ -6,6 +6,7 @@ use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 
 use crate::id::{AttemptKey, PolicyVersion, ResponseId};
+pub use crate::sampling::{Constraint, Sampling, TokenBias};
 use crate::seed::Seed;
 
 /// Who speaks.
@@ -87,76 +88,6 @@ pub struct ToolSpec {
     pub parameters: String,
 }
 
-/// How tokens are drawn.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Sampling {
-    /// Divides the logits; 0 is greedy decoding.
-    pub temperature: f32,
-    /// Keeps the smallest set of tokens with at least this probability; 1 keeps all.
-    pub top_p: f32,
-    /// Keeps the k most probable tokens; 0 keeps all.
-    pub top_k: u32,
-    /// Drops tokens less probable than this share of the most probable one; 0 keeps all.
-    pub min_p: f32,
-    /// Most tokens of the completion, the end token included. 0 means the engine's own limit.
-    pub max_tokens: u32,
-    /// Texts that end the completion; they are not part of it.
-    pub stop: Vec<String>,
-    /// Seed of the draw. `None` lets the host derive it from the attempt's seed and the call's index.
-    pub seed: Option<u64>,
-    /// Shape that the completion must have.
-    pub constraint: Option<Constraint>,
-}
-
-impl Default for Sampling {
-    /// Temperature 1 without truncation: what training rollouts need (ALGORITHMS.md section 7).
-    fn default() -> Self {
-        Self {
-            temperature: 1.0,
-            top_p: 1.0,
-            top_k: 0,
-            min_p: 0.0,
-            max_tokens: 0,
-            stop: vec![],
-            seed: None,
-            constraint: None,
-        }
-    }
-}
-
-impl Sampling {
-    /// Fills what a request leaves at its default from what the run's config sets for the rollout. A rollout whose temperature
-    /// is not the default (an evaluation) overrides the request's.
-    #[must_use]
-    pub fn filled_from(self, rollout: &Self) -> Self {
-        let default = Self::default();
-        let pick =
-            |asked: f32, given: f32, default: f32| if asked.to_bits() == default.to_bits() { given } else { asked };
-        let rollout_decides = rollout.temperature.to_bits() != default.temperature.to_bits();
-        Self {
-            temperature: if rollout_decides { rollout.temperature } else { self.temperature },
-            top_p: pick(self.top_p, rollout.top_p, default.top_p),
-            top_k: if self.top_k == 0 { rollout.top_k } else { self.top_k },
-            min_p: pick(self.min_p, rollout.min_p, default.min_p),
-            max_tokens: if self.max_tokens == 0 { rollout.max_tokens } else { self.max_tokens },
-            stop: if self.stop.is_empty() { rollout.stop.clone() } else { self.stop },
-            seed: self.seed.or(rollout.seed),
-            constraint: self.constraint.or_else(|| rollout.constraint.clone()),
-        }
-    }
-}
-
-/// A shape that a completion must have.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Constraint {
-    /// JSON that fits this schema (JSON text).
-    JsonSchema(String),
-    /// Text that matches this regular expression as a whole.
-    Regex(String),
-}
-
 /// One call of a model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ChatRequest {
@@ -208,8 +139,84 @@ pub struct TokenData {
     /// Log-probability (nats) of each drawn token under the processed distribution, after top-k, top-p, min-p and
     /// constraint. Empty when it equals `log_probs`.
     pub processed_log_probs: Vec<f32>,
-    /// The weights that drew the tokens.
+    /// The weights that drew the tokens; the first of them, when they were swapped in flight.
     pub policy_version: PolicyVersion,
+    /// The weights that drew each token; empty when they were the same for all. `log_probs` are each token's under its own.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub token_versions: Vec<PolicyVersion>,
+}
+
+/// [`Completion::tokens`] where fields have no names. Cases may only be added behind the others, as in
+/// [`sampling`](crate::sampling): the first two are the bytes of an `Option<TokenData>` as it was first.
+mod token_format {
+    use std::borrow::Cow;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    use super::TokenData;
+    use crate::id::PolicyVersion;
+
+    #[derive(Serialize, Deserialize)]
+    enum Tokens<'a> {
+        Nothing,
+        One(Positional<'a>),
+        /// Since schema 3 of the store.
+        Swapped(Positional<'a>, Cow<'a, [PolicyVersion]>),
+    }
+
+    #[derive(Serialize, Deserialize)]
+    struct Positional<'a> {
+        prompt_ids: Cow<'a, [u32]>,
+        completion_ids: Cow<'a, [u32]>,
+        log_probs: Cow<'a, [f32]>,
+        processed_log_probs: Cow<'a, [f32]>,
+        policy_version: PolicyVersion,
+    }
+
+    impl Positional<'_> {
+        fn into_data(self, token_versions: Vec<PolicyVersion>) -> TokenData {
+            TokenData {
+                prompt_ids: self.prompt_ids.into_owned(),
+                completion_ids: self.completion_ids.into_owned(),
+                log_probs: self.log_probs.into_owned(),
+                processed_log_probs: self.processed_log_probs.into_owned(),
+                policy_version: self.policy_version,
+                token_versions,
+            }
+        }
+    }
+
+    #[expect(clippy::ref_option, reason = "serde passes the field")]
+    pub(super) fn serialize<S: Serializer>(tokens: &Option<TokenData>, serializer: S) -> Result<S::Ok, S::Error> {
+        if serializer.is_human_readable() {
+            return tokens.serialize(serializer);
+        }
+        let Some(tokens) = tokens else { return Tokens::Nothing.serialize(serializer) };
+        let positional = Positional {
+            prompt_ids: Cow::Borrowed(&tokens.prompt_ids),
+            completion_ids: Cow::Borrowed(&tokens.completion_ids),
+            log_probs: Cow::Borrowed(&tokens.log_probs),
+            processed_log_probs: Cow::Borrowed(&tokens.processed_log_probs),
+            policy_version: tokens.policy_version,
+        };
+        let wire = if tokens.token_versions.is_empty() {
+            Tokens::One(positional)
+        } else {
+            Tokens::Swapped(positional, Cow::Borrowed(&tokens.token_versions))
+        };
+        wire.serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<TokenData>, D::Error> {
+        if deserializer.is_human_readable() {
+            return Option::deserialize(deserializer);
+        }
+        Ok(match Tokens::deserialize(deserializer)? {
+            Tokens::Nothing => None,
+            Tokens::One(tokens) => Some(tokens.into_data(vec![])),
+            Tokens::Swapped(tokens, versions) => Some(tokens.into_data(versions.into_owned())),
+        })
+    }
 }
 
 /// Why a call cannot be trained on.
@@ -238,6 +245,7 @@ pub struct Completion {
     /// Minted by the host.
     pub response_id: ResponseId,
     /// Token data, when the model is ours or the endpoint returned it.
+    #[serde(default, with = "token_format")]
     pub tokens: Option<TokenData>,
     /// Why the call cannot be trained on; `None` when it can.
     pub not_trainable: Option<NotTrainable>,

@@ -10,9 +10,10 @@ use fulgurite_core::training::{LossSpec, Stream, TrainingRow};
 
 use crate::compute::PackedModels;
 use crate::config::PolicyConfig;
-use crate::decoder::{Decoder, KvCache, Row, Scratch};
+use crate::decoder::{Decoder, Row, Scratch};
 use crate::device::PolicyDevice;
 use crate::inference::Inference;
+use crate::kv_cache::{BLOCK_TOKENS, BlockLayout, KvCache};
 use crate::loss::Normalisers;
 use crate::parameters::{Kind, Parameters, Values};
 use crate::rotary::RotaryTable;
@@ -364,10 +365,11 @@ fn sampling_and_training_see_the_same_bits() {
         for part in [1, 13, 75] {
             let mut cache = KvCache::default();
             assert!(decoded(packed.decoder(), &mut cache, &ids, part) == want, "parts of {part}: {shape:?}");
-            assert!(cache.bytes() >= 75 * shape.kv_bytes_per_token());
+            let bytes = cache.blocks().len() * BlockLayout::new(&shape).block_bytes();
+            assert_eq!(bytes, 75_usize.next_multiple_of(BLOCK_TOKENS) * shape.kv_bytes_per_token());
             // A prefix that is used again continues as if nothing had ever stood behind it.
             let other = self::ids(20, 200);
-            cache.truncate(41);
+            cache = cache.prefix(41);
             let got = decoded(packed.decoder(), &mut cache, &other, part);
             let fresh = inference.logits(&[&ids[..41], &other].concat(), 41).unwrap();
             assert!(got == fresh, "a prefix and parts of {part}: {shape:?}");

@@ -52,8 +52,12 @@ pub struct PolicyConfig {
     pub gradient_shards: usize,
     /// Most tokens of one micro-batch, padding included. 512: large enough to keep a core busy, small enough for its caches.
     pub micro_batch_tokens_max: usize,
-    /// Memory for keys and values that sessions keep between calls, in bytes. 1 GiB; what does not fit is computed again.
+    /// Memory for keys and values, of calls in flight and of what is kept for later ones, in bytes. 1 GiB; what does not
+    /// fit is computed again. Each thread carries one call in any case.
     pub kv_cache_bytes_max: usize,
+    /// Whether calls in flight go on with new weights as soon as there are any. Otherwise they end on those that they
+    /// started with. `false`: then all tokens of a call have one version.
+    pub swap_in_flight: bool,
     /// How long an idle engine waits for the other open sessions to ask before it starts without them, in milliseconds.
     /// 50: long enough for sandboxes, short enough that one slow tool does not stop everybody. Tokens do not depend on it.
     pub batch_wait_ms_max: u64,
@@ -80,6 +84,7 @@ impl Default for PolicyConfig {
             gradient_shards: 8,
             micro_batch_tokens_max: 512,
             kv_cache_bytes_max: 1 << 30,
+            swap_in_flight: false,
             batch_wait_ms_max: 50,
             requests_waiting_max: 65_536,
         }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use fulgurite_core::id::PolicyVersion;
 
-use crate::attention_kernel::{Attention, LayerCache};
 use crate::kernel::{self, Packed};
+use crate::kv_cache::{BlockAttention, BlockLayout, KvCache};
 use crate::parallel;
 use crate::parameters::{Layout, Parameters};
 use crate::rotary::RotaryTable;
@@ -64,26 +64,6 @@ impl Layer {
         if let Some(bias) = &self.out_bias {
             kernel::add_bias(x, bias);
         }
-    }
-}
-
-/// Keys and values of one sequence.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct KvCache {
-    /// Tokens whose keys and values are there.
-    pub(crate) ids: Vec<u32>,
-    layers: Vec<LayerCache>,
-}
-
-impl KvCache {
-    /// Memory in bytes.
-    pub(crate) fn bytes(&self) -> usize {
-        self.layers.iter().map(|layer| 4 * (layer.keys.capacity() + layer.values.capacity())).sum()
-    }
-
-    /// Keeps the first `length` tokens. Their keys and values depend on nothing after them.
-    pub(crate) fn truncate(&mut self, length: usize) {
-        self.ids.truncate(length);
     }
 }
 
@@ -155,6 +135,7 @@ impl Decoder {
         let (d, query, kv, dim) = (shape.d_model, shape.query_width(), shape.kv_width(), shape.head_dim);
         let epsilon = shape.epsilon();
         let count = rows.len();
+        let layout = BlockLayout::new(shape);
 
         let x = resized(&mut scratch.x, count * d);
         scratch.positions.clear();
@@ -162,9 +143,7 @@ impl Decoder {
             let token = row.token as usize;
             x.copy_from_slice(self.embedding.get(token * d..(token + 1) * d).unwrap_or_default());
             if let Some(cache) = caches.get_mut(row.cache) {
-                scratch.positions.push(cache.ids.len());
-                cache.ids.push(row.token);
-                cache.layers.resize_with(shape.layers, LayerCache::default);
+                scratch.positions.push(cache.append(row.token, layout));
             }
         }
 
@@ -182,8 +161,8 @@ impl Decoder {
                     kernel::rotate(head, cosines, sines);
                 }
                 let (_, keys) = rotated.split_at(query);
-                if let Some(cache) = caches.get_mut(row.cache).and_then(|cache| cache.layers.get_mut(index)) {
-                    cache.write(*position, dim, keys, values);
+                if let Some(cache) = caches.get_mut(row.cache) {
+                    cache.write(*position, index, layout, keys, values);
                 }
             }
             let mixed = resized(&mut scratch.mixed, count * query);
@@ -191,10 +170,12 @@ impl Decoder {
                 rows.iter().zip(&scratch.positions).zip(wide.chunks_exact(width)).zip(mixed.chunks_exact_mut(query))
             {
                 let (queries, _) = projected.split_at(query);
-                if let Some(cache) = caches.get(row.cache).and_then(|cache| cache.layers.get(index)) {
+                if let Some(cache) = caches.get(row.cache) {
                     let length = position + 1;
                     let (first, scores) = (shape.window_start(length), &mut scratch.scores);
-                    Attention { query: queries, cache, first, length, dim, kv_width: kv, scores, out }.run();
+                    let attention =
+                        BlockAttention { query: queries, cache, layer: index, layout, first, length, dim, scores, out };
+                    attention.run();
                 }
             }
             layer.add_attention(mixed, &mut scratch.x);
@@ -281,7 +262,7 @@ mod tests {
         };
         let (mut cut, mut fresh) = (KvCache::default(), KvCache::default());
         feed(&mut cut, &[1, 2, 3, 4, 5, 6, 7], &mut scratch);
-        cut.truncate(3);
+        let mut cut = cut.prefix(3);
         assert_eq!(feed(&mut cut, &[9, 8], &mut scratch), feed(&mut fresh, &[1, 2, 3, 9, 8], &mut scratch));
     }
 }

@@ -20,12 +20,12 @@ use crate::checkpoint::{self, Checkpoint, CheckpointView};
 use crate::config::PolicyConfig;
 use crate::decoder::Decoder;
 use crate::error::PolicyError;
-use crate::generate::{Generator, SchedulerLimits};
 use crate::loss::Normalisers;
 use crate::optimiser::{AdamW, gradient_norm};
 use crate::parallel;
 use crate::parameters::{Parameters, Values};
 use crate::rotary::RotaryTable;
+use crate::scheduler::{Generator, SchedulerLimits};
 use crate::session::PolicyBackend;
 use crate::shape::ModelShape;
 use crate::tokenizer::PolicyTokenizer;
@@ -64,6 +64,14 @@ pub struct EngineStatistics {
     pub decode_steps: u64,
     /// Seconds that generating threads were busy, added over threads.
     pub busy_seconds: f64,
+    /// Memory of keys and values now, in bytes: of calls and of what is kept for later ones.
+    pub kv_cache_bytes: u64,
+    /// Blocks of keys and values that were dropped to make room for others.
+    pub evicted_blocks: u64,
+    /// Times that a call was put back into the queue because its keys and values did not fit.
+    pub calls_put_back: u64,
+    /// Tokens whose keys and values were computed again, because their call was put back or moved to newer weights.
+    pub recomputed_tokens: u64,
 }
 
 /// A handle to one policy. Cheap to clone; the policy's threads end when the last handle, backend and session is gone.
@@ -183,6 +191,7 @@ impl PolicyEngine {
             threads: config.thread_count(),
             batch_wait_ms_max: config.batch_wait_ms_max,
             kv_cache_bytes_max: config.kv_cache_bytes_max,
+            swap_in_flight: config.swap_in_flight,
             requests_waiting_max: config.requests_waiting_max,
         };
         let decoder = Decoder::new(&start.parameters, start.version, rotary.clone(), config.thread_count());
@@ -256,7 +265,7 @@ impl PolicyEngine {
     /// Running totals of generation.
     #[must_use]
     pub fn statistics(&self) -> EngineStatistics {
-        let counters = &self.inner.generator.scheduler.counters;
+        let (counters, memory) = (&self.inner.generator.scheduler.counters, &self.inner.generator.scheduler.memory);
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         EngineStatistics {
             calls: get(&counters.calls),
@@ -265,6 +274,10 @@ impl PolicyEngine {
             completion_tokens: get(&counters.completion_tokens),
             decode_steps: get(&counters.forward_passes),
             busy_seconds: get(&counters.busy_ns) as f64 / 1e9,
+            kv_cache_bytes: memory.bytes() as u64,
+            evicted_blocks: get(&memory.blocks_evicted),
+            calls_put_back: get(&counters.calls_put_back),
+            recomputed_tokens: get(&counters.recomputed_tokens),
         }
     }
 

@@ -9,10 +9,11 @@ use fulgurite_core::training::{Aggregation, LossSpec, Stream, TrainingRow};
 
 use crate::compute::{Compute, PackedModels};
 use crate::config::PolicyConfig;
-use crate::decoder::{KvCache, Row, Scratch};
+use crate::decoder::{Row, Scratch};
 use crate::device::Backend;
 use crate::error::PolicyError;
 use crate::kernel;
+use crate::kv_cache::KvCache;
 use crate::loss::Normalisers;
 use crate::optimiser::gradient_norm;
 use crate::parameters::Parameters;

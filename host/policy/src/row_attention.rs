@@ -1,7 +1,7 @@
 //! Attention over whole rows, forward and backward: what training runs.
 //!
 //! Scores and mixtures of several positions are matrix products, in tiles that fill the registers; a position alone, as the
-//! sampler computes it, waits for each sum instead. The sums of the forward pass are those of [`crate::attention_kernel`],
+//! sampler computes it, waits for each sum instead. The sums of the forward pass are those of [`crate::kv_cache`],
 //! in its order, so that log-probs of training stay the sampler's, bit by bit. Positions behind a token stand in the same
 //! tile and add nothing: their weight is 0.
 //!
@@ -458,7 +458,7 @@ mod tests {
     use fulgurite_core::seed::{Generator, Seed};
 
     use super::*;
-    use crate::attention_kernel::{Attention, LayerCache};
+    use crate::kv_cache::{BlockAttention, BlockLayout, KvCache};
 
     fn draws(len: usize, seed: u64) -> Vec<f32> {
         let mut generator = Generator::new(Seed::new(seed));
@@ -495,14 +495,16 @@ mod tests {
             let mut mixed = vec![f32::NAN; length * query_width];
             RowAttention { row: row(&projected, case), scratch: &mut scratch, mixed: &mut mixed }.run();
 
-            let (mut cache, mut scores) = (LayerCache::default(), vec![]);
+            let (mut cache, mut scores) = (KvCache::default(), vec![]);
+            let (layout, layer) = (BlockLayout { layers: 3, kv_width: kv }, 1);
             for (at, token) in projected.chunks_exact(query_width + 2 * kv).enumerate() {
                 let (query, rest) = token.split_at(query_width);
-                cache.write(at, dim, &rest[..kv], &rest[kv..]);
+                assert_eq!(cache.append(7, layout), at);
+                cache.write(at, layer, layout, &rest[..kv], &rest[kv..]);
                 let (first, length) = ((at + 1).saturating_sub(window), at + 1);
                 let mut out = vec![0.0; query_width];
-                let (cache, scores, out_slots) = (&cache, &mut scores, &mut out[..]);
-                Attention { query, cache, first, length, dim, kv_width: kv, scores, out: out_slots }.run();
+                let (cache, scores, slots) = (&cache, &mut scores, &mut out[..]);
+                BlockAttention { query, cache, layer, layout, first, length, dim, scores, out: slots }.run();
                 assert_eq!(mixed[at * query_width..(at + 1) * query_width], out, "{case:?} at {at}");
             }
         }

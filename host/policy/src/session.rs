@@ -10,15 +10,10 @@ use fulgurite_core::llm::{
 use fulgurite_core::seed::Seed;
 use futures::future::BoxFuture;
 
+use crate::call::{Generated, Request};
 use crate::error::PolicyError;
-use crate::generate::{CacheSlot, Generated, Generator, Request};
-use crate::sampler;
+use crate::scheduler::Generator;
 use crate::tokenizer::PolicyTokenizer;
-
-/// Stop texts that one request may give.
-const STOPS_MAX: usize = 16;
-/// Longest stop text in bytes.
-const STOP_BYTES_MAX: usize = 256;
 
 /// Opens sessions on the policy.
 pub(crate) struct PolicyBackend {
@@ -36,7 +31,6 @@ impl LlmBackend for PolicyBackend {
             tokenizer: self.tokenizer.clone(),
             info,
             history: Mutex::new(history),
-            cache: Arc::default(),
         };
         Box::new(OpenSession(Arc::new(session)))
     }
@@ -73,7 +67,6 @@ struct Session {
     info: SessionInfo,
     /// Completions so far, to be spliced when a message repeats one.
     history: Mutex<Vec<Recorded>>,
-    cache: Arc<CacheSlot>,
 }
 
 #[derive(Clone)]
@@ -117,29 +110,14 @@ fn recorded<'a>(history: &'a [Recorded], message: &Message) -> Option<&'a [u32]>
     found.map(|known| known.ids.as_slice())
 }
 
-fn check(sampling: &Sampling) -> Result<(), LlmError> {
-    let invalid = |text: &str| Err(LlmError::InvalidRequest(text.to_owned()));
-    if !(0.0..=100.0).contains(&sampling.temperature) {
-        return invalid("`temperature` must be 0 (greedy) to 100");
-    }
-    // A subnormal divisor would turn logits into infinities.
-    if sampling.temperature > 0.0 && sampling.temperature < 1e-3 {
-        return invalid("`temperature` must be 0 (greedy) or at least 0.001");
-    }
-    if !(sampling.top_p > 0.0 && sampling.top_p <= 1.0) {
-        return invalid("`top_p` must be above 0 and at most 1");
-    }
-    if !(0.0..=1.0).contains(&sampling.min_p) {
-        return invalid("`min_p` must be 0 to 1");
-    }
-    if sampling.stop.len() > STOPS_MAX {
-        return invalid("`stop` holds at most 16 texts");
-    }
-    if sampling.stop.iter().any(|stop| stop.is_empty() || stop.len() > STOP_BYTES_MAX) {
-        return invalid("a text of `stop` must have 1 to 256 bytes");
-    }
-    if sampling.constraint.is_some() {
-        return Err(LlmError::Unsupported("constrained sampling".to_owned()));
+/// Checks what a request asks for against its ranges and against the model's vocabulary.
+fn check(sampling: &Sampling, vocabulary: usize) -> Result<(), LlmError> {
+    sampling.check().map_err(|error| LlmError::InvalidRequest(error.to_string()))?;
+    let biased = sampling.logit_bias.iter().map(|entry| ("logit_bias", entry.token));
+    let stops = sampling.stop_token_ids.iter().map(|token| ("stop_token_ids", *token));
+    if let Some((field, token)) = biased.chain(stops).find(|(_, token)| *token as usize >= vocabulary) {
+        let text = format!("`{field}` has token {token}: the model has ids 0 to {}", vocabulary - 1);
+        return Err(LlmError::InvalidRequest(text));
     }
     Ok(())
 }
@@ -153,17 +131,18 @@ impl Session {
             return Err(LlmError::InvalidRequest("`messages` is empty".to_owned()));
         }
         let sampling = request.sampling.clone().filled_from(&self.info.sampling);
-        check(&sampling)?;
+        check(&sampling, self.generator.scheduler.published().shape.vocabulary)?;
         let prompt = self.encode(&request.messages, &request.tools)?;
         let seed = match sampling.seed {
             Some(seed) => Seed::new(seed),
             None => self.info.seed.child("policy").child_index(call_index),
         };
-        let ask = Request { prompt, sampling, seed, cache: Arc::downgrade(&self.cache) };
-        let not_trainable = sampler::is_truncated(&ask.sampling).then_some(NotTrainable::TruncatedSampling);
+        let progress =
+            sampling.constraint.as_ref().map(|shape| self.generator.scheduler.constrain(shape)).transpose()?;
+        let ask = Request { prompt: prompt.into(), sampling, seed, progress };
         let attempt = self.info.attempt.clone();
         let generated = self.generator.scheduler.ask(self.id, attempt, call_index, ask).await?;
-        Ok(self.complete(call_index, generated, not_trainable))
+        Ok(self.complete(call_index, generated))
     }
 
     fn encode(&self, messages: &[Message], tools: &[fulgurite_core::llm::ToolSpec]) -> Result<Vec<u32>, LlmError> {
@@ -194,14 +173,18 @@ impl Session {
         Ok(chat.ids)
     }
 
-    fn complete(&self, call_index: u64, generated: Generated, not_trainable: Option<NotTrainable>) -> Completion {
+    fn complete(&self, call_index: u64, generated: Generated) -> Completion {
         let (text, tool_calls) = match generated.stop_at_byte {
             // What stands before a stop text is text: markup that it cut in two is not a call.
             Some(at) => {
                 let decoded = self.tokenizer.decode_bytes(&generated.completion);
                 (String::from_utf8_lossy(decoded.get(..at).unwrap_or(&decoded)).into_owned(), vec![])
             }
-            None => self.tokenizer.parse_completion(&generated.completion, call_index),
+            None => {
+                // A stop token is not part of the text, as the end token is not.
+                let text = generated.completion.split_at(generated.completion.len() - generated.stop_tokens).0;
+                self.tokenizer.parse_completion(text, call_index)
+            }
         };
         let finish_reason = match generated.finish {
             FinishReason::Stop if !tool_calls.is_empty() => FinishReason::ToolCalls,
@@ -217,13 +200,15 @@ impl Session {
         self.history.lock().unwrap_or_else(PoisonError::into_inner).push(recorded);
         let count = |ids: &[u32]| u32::try_from(ids.len()).unwrap_or(u32::MAX);
         let usage = Usage { prompt_tokens: count(&generated.prompt), completion_tokens: count(&generated.completion) };
-        let processed_log_probs = if not_trainable.is_some() { generated.processed_log_probs } else { vec![] };
+        let not_trainable = generated.altered.then_some(NotTrainable::TruncatedSampling);
+        let processed_log_probs = if generated.altered { generated.processed_log_probs } else { vec![] };
         let tokens = TokenData {
-            prompt_ids: generated.prompt,
+            prompt_ids: generated.prompt.to_vec(),
             completion_ids: generated.completion,
             log_probs: generated.log_probs,
             processed_log_probs,
             policy_version: generated.version,
+            token_versions: generated.token_versions,
         };
         Completion { text, tool_calls, finish_reason, usage, response_id, tokens: Some(tokens), not_trainable }
     }

@@ -314,6 +314,11 @@ impl PolicyTokenizer {
         CONTROL_TOKENS.iter().position(|name| *name == token).and_then(|at| self.inner.control.get(at).copied())
     }
 
+    /// Whether an id is no text.
+    pub(crate) fn is_control(&self, id: u32) -> bool {
+        self.inner.control.contains(&id)
+    }
+
     /// The id that ends a message.
     pub(crate) fn end(&self) -> u32 {
         let [end, ..] = self.inner.control;

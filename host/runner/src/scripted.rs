@@ -257,6 +257,7 @@ impl Shared {
             completion_ids,
             // Nobody's weights.
             policy_version: PolicyVersion(0),
+            token_versions: vec![],
         }
     }
 }

@@ -36,7 +36,10 @@ use crate::records::{CompactReport, Finding, TransferReport};
 
 /// Version of everything below a store's directory. A store of an older version is migrated when it is opened, one of a
 /// newer version is refused.
-pub const SCHEMA_VERSION: u32 = 2;
+pub const SCHEMA_VERSION: u32 = 3;
+/// The oldest schema whose records this one reads as they are: later ones only added cases behind others, which older
+/// programs cannot read. 3 added sampling with penalty, bias and stop tokens, and completions with several versions.
+pub(crate) const SCHEMA_READABLE: u32 = 2;
 
 /// A [`RolloutStore`](crate::RolloutStore) in a directory of its own, which one process opens at a time.
 pub struct SledStore {
@@ -134,6 +137,12 @@ fn open_database(files: &Arc<StoreFiles>) -> Result<SledKeyValue> {
             let database = SledKeyValue::open(Arc::clone(files), &folder)?;
             match schema(&database)? {
                 Some(SCHEMA_VERSION) => Ok(database),
+                Some(SCHEMA_READABLE..SCHEMA_VERSION) => {
+                    // Before anything is written that an older program could not read.
+                    database.apply(vec![(keys::schema_key(), Some(SCHEMA_VERSION.to_be_bytes().to_vec()))])?;
+                    database.flush()?;
+                    Ok(database)
+                }
                 Some(found) => Err(other_schema(files, found)),
                 None => {
                     files.check_acknowledged(0)?;

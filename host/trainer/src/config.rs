@@ -383,6 +383,9 @@ impl RunConfig {
         if let Err(error) = fulgurite_core::id::RolloutId::derived(&self.name, 0, 0) {
             return fail("name", error.to_string());
         }
+        if let Err(error) = self.rollout.sampling.check() {
+            return fail(&format!("rollout.sampling.{}", error.field), error.to_string());
+        }
         let mut names = std::collections::BTreeSet::from(["initial"]);
         let stages = self.stage.iter().map(|stage| ("stage", stage));
         let controls = self.control.iter().map(|control| ("control", control));

@@ -105,6 +105,7 @@ impl LlmSession for Session {
                 log_probs: vec![-0.5; tokens],
                 processed_log_probs: vec![],
                 policy_version: PolicyVersion(0),
+                token_versions: vec![],
             }),
             not_trainable: None,
         };

@@ -187,6 +187,7 @@ impl LlmSession for Session {
                     processed_log_probs: vec![],
                     completion_ids: ids,
                     policy_version: PolicyVersion(3),
+                    token_versions: vec![],
                 }),
                 not_trainable: None,
                 text,

@@ -92,6 +92,7 @@ pub fn completion(call_index: u64, text: &str) -> Completion {
             log_probs: vec![-0.5, -0.25, -0.125],
             processed_log_probs: vec![],
             policy_version: PolicyVersion(4),
+            token_versions: vec![],
         }),
         not_trainable: None,
     }

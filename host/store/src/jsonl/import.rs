@@ -16,7 +16,7 @@ use crate::hex;
 use crate::keys;
 use crate::ledger::{Counters, ResourcesRecord, check_stored, check_worker_id, first_own_sequence};
 use crate::records::TransferReport;
-use crate::sled_store::{SCHEMA_VERSION, Writer};
+use crate::sled_store::{SCHEMA_READABLE, SCHEMA_VERSION, Writer};
 
 /// Spans that are written together.
 const SPANS_PER_WRITE: usize = 64;
@@ -121,8 +121,10 @@ impl Importer {
         let mut batch = vec![];
         match line {
             Line::Header { format, version, schema } => {
-                if (format.as_str(), version, schema) != (FORMAT, JSONL_VERSION, SCHEMA_VERSION) {
-                    let can = format!("`{FORMAT}` version {JSONL_VERSION} of schema {SCHEMA_VERSION}");
+                let readable = (SCHEMA_READABLE..=SCHEMA_VERSION).contains(&schema);
+                if (format.as_str(), version, readable) != (FORMAT, JSONL_VERSION, true) {
+                    let can =
+                        format!("`{FORMAT}` version {JSONL_VERSION} of schema {SCHEMA_READABLE} to {SCHEMA_VERSION}");
                     return wrong(format!("it is `{format}` version {version} of schema {schema}; this reads {can}"));
                 }
             }

@@ -127,6 +127,7 @@ pub(crate) fn body(number: u64, bytes: usize) -> SpanBody {
                 log_probs: vec![-0.5, f32::NEG_INFINITY],
                 processed_log_probs: vec![-0.0, f32::MIN_POSITIVE],
                 policy_version: PolicyVersion(9),
+                token_versions: vec![],
             }),
             not_trainable: Some(fulgurite_core::llm::NotTrainable::TruncatedSampling),
         }))),

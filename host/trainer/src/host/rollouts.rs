@@ -341,8 +341,8 @@ fn unknown_batch(batch: u64) -> AlgorithmHostError {
     AlgorithmHostError::Unknown { kind: "batch of this step", id: batch.to_string() }
 }
 
-/// What a plugin asks for, with what the run's config says where the plugin leaves the default.
+/// What a plugin asks for, with what the run's config says where the plugin leaves the default. Temperature and seed are the
+/// plugin's: its loss is about the one, and its groups are not to draw the same with the other.
 fn merge(config: &Sampling, asked: &Sampling) -> Sampling {
-    let max_tokens = if asked.max_tokens == 0 { config.max_tokens } else { asked.max_tokens };
-    Sampling { max_tokens, ..asked.clone() }
+    Sampling { temperature: asked.temperature, seed: asked.seed, ..asked.clone().or(config) }
 }
