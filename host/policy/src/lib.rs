@@ -39,27 +39,36 @@ mod gradient_kernel;
 mod hugging_face;
 mod inference;
 mod kernel;
+mod lora;
+#[cfg(test)]
+mod lora_tests;
 mod loss;
 mod model;
 mod optimiser;
 mod parallel;
 mod parameters;
+mod peft;
 mod rotary;
 mod row_attention;
 mod sampler;
 mod session;
 mod shape;
+mod split;
+mod sums;
 mod template;
 mod tokenizer;
 mod train;
 #[cfg(test)]
 mod train_tests;
+mod trainer;
+mod weights;
 
-pub use config::{PolicyConfig, Preset};
+pub use config::{CriticConfig, PolicyConfig, Preset};
 pub use device::{DeviceFinding, PolicyDevice};
 pub use engine::{EncodedDemonstration, EngineStatistics, PolicyEngine};
 pub use error::PolicyError;
 pub use hugging_face::{Conversation, MemoryPlan, ModelDescription, ModelFolder, PlanOptions};
 pub use inference::{CrossEntropy, Greedy, Inference};
+pub use lora::{LoraConfig, LoraTarget};
 pub use shape::{Architecture, ModelShape, RopeScaling};
 pub use tokenizer::{PolicyTokenizer, TokenizerConfig};
