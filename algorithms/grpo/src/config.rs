@@ -1,6 +1,7 @@
 //! The config and its checks.
 
 use fulgurite_sdk::algorithm::policy::{Aggregation, KlEstimator, Loss};
+use fulgurite_sdk::algorithm::schedule::{Decay, Schedule};
 use serde::{Deserialize, Serialize};
 
 use crate::advantage::Estimator;
@@ -25,6 +26,11 @@ pub struct Config {
     pub learning_rate: f64,
     /// Steps whose size grows linearly up to `learning_rate`. 0.
     pub warm_up_steps: u64,
+    /// What the step size does after that: `constant`, `linear` or `cosine`, down to `learning_rate_min_ratio` of it at the
+    /// last of `steps`. `constant`.
+    pub schedule: Decay,
+    /// Smallest step size as a share of `learning_rate`, 0 to 1. 0; `constant` never gets there.
+    pub learning_rate_min_ratio: f64,
     /// Decoupled weight decay. 0.
     pub weight_decay: f64,
     /// Global gradient norm above which gradients are scaled down. 1; none does not clip.
@@ -96,6 +102,8 @@ impl Default for Config {
             updates_per_step: 1,
             learning_rate: 3e-4,
             warm_up_steps: 0,
+            schedule: Decay::Constant,
+            learning_rate_min_ratio: 0.0,
             weight_decay: 0.0,
             gradient_norm_max: Some(1.0),
             clip_low: 0.2,
@@ -116,6 +124,17 @@ impl Default for Config {
 }
 
 impl Config {
+    /// The step size's course.
+    #[must_use]
+    pub const fn schedule(&self) -> Schedule {
+        Schedule {
+            warm_up_steps: self.warm_up_steps,
+            decay: self.schedule,
+            steps: Some(self.steps),
+            ratio_min: self.learning_rate_min_ratio,
+        }
+    }
+
     /// Names the first field that makes no sense.
     ///
     /// # Errors
@@ -144,6 +163,7 @@ impl Config {
                 return Err(format!("{field}: use at least 1"));
             }
         }
+        self.schedule().check()?;
         if self.group_size < 2 {
             return Err("group_size: use at least 2, a rollout alone has nothing to be compared with".to_owned());
         }
@@ -246,6 +266,7 @@ mod tests {
             (r#"{"start_share":1.1}"#, "start_share"),
             (r#"{"updates_per_step":0}"#, "updates_per_step"),
             (r#"{"learning_rate":-1}"#, "learning_rate"),
+            (r#"{"learning_rate_min_ratio":-1}"#, "learning_rate_min_ratio"),
             (r#"{"clip_low":1.5}"#, "clip_low"),
             (r#"{"clip_high":-1}"#, "clip_high"),
             (r#"{"dual_clip":1}"#, "dual_clip"),

@@ -136,7 +136,7 @@ impl Grpo {
             gradient_norm_max: self.config.gradient_norm_max,
             ..OptimiserStep::new(self.config.learning_rate)
         };
-        let step = step.warm_up(self.state.steps, self.config.warm_up_steps);
+        let step = self.config.schedule().apply(step, self.state.steps);
         for update in 0..self.config.updates_per_step {
             let found = policy::forward_backward(&Model::Policy, &entries, &loss)?;
             let stepped = policy::optimiser_step(&Model::Policy, &step)?;

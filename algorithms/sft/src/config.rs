@@ -1,6 +1,7 @@
 //! The config and its checks.
 
 use fulgurite_sdk::Role;
+use fulgurite_sdk::algorithm::schedule::{Decay, Schedule};
 use serde::{Deserialize, Serialize};
 
 /// Config of supervised fine-tuning.
@@ -17,6 +18,11 @@ pub struct Config {
     pub steps: Option<u64>,
     /// Ends when every demonstration was trained on so often, even before `steps`. None: `steps` decides; without either, 1.
     pub epochs: Option<u64>,
+    /// What the step size does after that: `constant`, `linear` or `cosine`, down to `learning_rate_min_ratio` of it at the
+    /// last of `steps`. `constant`.
+    pub schedule: Decay,
+    /// Smallest step size as a share of `learning_rate`, 0 to 1. 0; `constant` never gets there.
+    pub learning_rate_min_ratio: f64,
     /// Decoupled weight decay. 0.
     pub weight_decay: f64,
     /// Global gradient norm above which gradients are scaled down. 1; none does not clip.
@@ -33,6 +39,8 @@ impl Default for Config {
             warm_up_steps: 10,
             steps: None,
             epochs: None,
+            schedule: Decay::Constant,
+            learning_rate_min_ratio: 0.0,
             weight_decay: 0.0,
             gradient_norm_max: Some(1.0),
             trainable_roles: vec![Role::Assistant],
@@ -41,6 +49,17 @@ impl Default for Config {
 }
 
 impl Config {
+    /// The step size's course.
+    #[must_use]
+    pub const fn schedule(&self) -> Schedule {
+        Schedule {
+            warm_up_steps: self.warm_up_steps,
+            decay: self.schedule,
+            steps: self.steps,
+            ratio_min: self.learning_rate_min_ratio,
+        }
+    }
+
     /// After how many epochs the stage ends; none: it ends by steps alone.
     #[must_use]
     pub fn epochs_max(&self) -> Option<u64> {
@@ -62,6 +81,7 @@ impl Config {
         if !(self.weight_decay.is_finite() && self.weight_decay >= 0.0) {
             return Err(format!("weight_decay: {} is not a finite number of at least 0", self.weight_decay));
         }
+        self.schedule().check()?;
         if self.gradient_norm_max.is_some_and(|norm| !positive(norm)) {
             return Err("gradient_norm_max: use a finite number above 0".to_owned());
         }
@@ -106,6 +126,8 @@ mod tests {
             (r#"{"gradient_norm_max":0}"#, "gradient_norm_max"),
             (r#"{"trainable_roles":[]}"#, "trainable_roles"),
             (r#"{"weight_decay":-0.1}"#, "weight_decay"),
+            (r#"{"learning_rate_min_ratio":2}"#, "learning_rate_min_ratio"),
+            (r#"{"schedule":"cosine","epochs":2}"#, "schedule"),
         ] {
             assert!(refused(json).starts_with(field), "{json}");
         }

@@ -67,7 +67,7 @@ impl Algorithm for Sft {
             gradient_norm_max: self.config.gradient_norm_max,
             ..OptimiserStep::new(self.config.learning_rate)
         };
-        let step = step.warm_up(self.state.steps, self.config.warm_up_steps);
+        let step = self.config.schedule().apply(step, self.state.steps);
         let stepped = policy::optimiser_step(&Model::Policy, &step)?;
 
         let skipped = stepped.get("skipped").unwrap_or(0.0);

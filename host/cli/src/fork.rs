@@ -22,7 +22,7 @@ pub(crate) async fn fork(arguments: ForkArguments) -> Result<(), Failure> {
         policy: arguments.policy,
         cache: paths::cache(),
     };
-    let forks = fulgurite_trainer::fork(options, Arc::new(TerminalProgress::new())).await?;
+    let forks = Box::pin(fulgurite_trainer::fork(options, Arc::new(TerminalProgress::new()))).await?;
     if arguments.output == Output::Text {
         terminal::print(&format!("{:<40} {:<16} {:>7} {:>6}", "fork", "outcome", "reward", "events"));
     }

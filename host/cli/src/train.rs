@@ -36,7 +36,8 @@ pub(crate) async fn train(arguments: TrainArguments) -> Result<(), Failure> {
             if is_new && !arguments.no_estimate { announce(&config, &run, stopped.clone()).await? } else { None };
         let started = Instant::now();
         fulgurite_trainer::forget_peak_memory();
-        let result = fulgurite_trainer::train(config, options, Arc::new(TerminalProgress::new()), stopped).await?;
+        let progress = Arc::new(TerminalProgress::new());
+        let result = Box::pin(fulgurite_trainer::train(config, options, progress, stopped)).await?;
         let took = shown(started.elapsed().as_secs_f64(), fulgurite_trainer::peak_memory_bytes());
         match estimate {
             Some(Estimate { seconds, memory_bytes, .. }) => {

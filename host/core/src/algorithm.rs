@@ -193,9 +193,11 @@ pub struct TransitionForward {
 pub struct TransitionGradient {
     /// Which transition.
     pub transition: TransitionId,
-    /// d loss / d log-prob, one per completion token.
+    /// d loss / d log-prob, one per completion token; empty for zeros.
     pub d_log_probs: Vec<f32>,
-    /// d loss / d value, one per completion token; empty without a critic.
+    /// d loss / d entropy, one per completion token; empty for zeros.
+    pub d_entropies: Vec<f32>,
+    /// d loss / d value, one per completion token; empty but for a critic.
     pub d_values: Vec<f32>,
 }
 

@@ -191,3 +191,13 @@ pub struct RowLogProbs {
     /// Entropy (nats) per id.
     pub entropies: Vec<f32>,
 }
+
+/// Derivatives of a caller's own loss with respect to a row's tokens. Each list has one entry per id, of which those outside
+/// the mask are not read; an empty list stands for zeros.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct RowDerivatives {
+    /// With respect to log-probs.
+    pub log_probs: Vec<f32>,
+    /// With respect to entropies.
+    pub entropies: Vec<f32>,
+}

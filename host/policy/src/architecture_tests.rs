@@ -361,7 +361,8 @@ fn sampling_and_training_see_the_same_bits() {
         let inference = Inference::new(&config(PolicyDevice::Cpu), parameters.clone()).unwrap();
         let want = inference.logits(&ids, 0).unwrap();
         assert_eq!(inference.logits(&ids, 74).unwrap(), want[74 * VOCABULARY..]);
-        let packed = PackedModels::new(&parameters, None, false, &Arc::new(RotaryTable::new(&shape)), 1);
+        let weights = parameters.clone().into();
+        let packed = PackedModels::new(&weights, None, false, &Arc::new(RotaryTable::new(&shape)), 1);
         for part in [1, 13, 75] {
             let mut cache = KvCache::default();
             assert!(decoded(packed.decoder(), &mut cache, &ids, part) == want, "parts of {part}: {shape:?}");

@@ -6,15 +6,19 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
+use std::sync::Arc;
 
-use fulgurite_core::id::PolicyVersion;
+use fulgurite_core::id::{ContentHash, PolicyVersion};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 
 use crate::error::PolicyError;
+use crate::lora::{self, AdapterLayout};
 use crate::optimiser::AdamW;
 use crate::parameters::{self, ParameterSpec, Parameters, Values};
+use crate::peft;
 use crate::shape::{Architecture, ModelShape, RopeScaling};
+use crate::weights;
 
 /// Layout of `state.json`; raised when it changes.
 const FORMAT: u32 = 1;
@@ -29,24 +33,68 @@ const GRADIENT: &str = "gradient.safetensors";
 const CONFIG: &str = "config.json";
 /// Counters.
 const STATE: &str = "state.json";
+/// Folder of the critic.
+const CRITIC: &str = "critic";
+/// Folder of the adapters beside the default one.
+const ADAPTERS: &str = "adapters";
 
-/// Everything that training continues from.
-#[derive(Debug)]
-pub(crate) struct Checkpoint {
-    pub(crate) parameters: Parameters,
+/// One trained model.
+#[derive(Debug, Clone)]
+pub(crate) struct Part {
+    pub(crate) parameters: Arc<Parameters>,
     pub(crate) optimiser: AdamW,
     pub(crate) gradient: Option<Values>,
-    pub(crate) snapshots: BTreeMap<String, Parameters>,
+    /// Of the weights that were last published; a critic has none.
+    pub(crate) version: PolicyVersion,
+}
+
+impl Part {
+    /// A model that no step has changed.
+    pub(crate) fn new(parameters: Arc<Parameters>) -> Self {
+        let optimiser = AdamW::new(&parameters);
+        Self { parameters, optimiser, gradient: None, version: PolicyVersion::default() }
+    }
+}
+
+/// Everything that training continues from. With adapters the policy is the default one, and the base is not held: it has
+/// not changed.
+#[derive(Debug)]
+pub(crate) struct Checkpoint {
+    pub(crate) policy: Part,
+    /// Further adapters by name.
+    pub(crate) adapters: BTreeMap<String, Part>,
+    pub(crate) critic: Option<Part>,
+    /// Of the policy, or of adapters.
+    pub(crate) snapshots: BTreeMap<String, Arc<Parameters>>,
+    /// Newest version of any model.
+    pub(crate) version: PolicyVersion,
+}
+
+/// Borrowed form of [`Part`] for writing.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct PartView<'a> {
+    pub(crate) parameters: &'a Parameters,
+    pub(crate) optimiser: &'a AdamW,
+    pub(crate) gradient: Option<&'a Values>,
     pub(crate) version: PolicyVersion,
 }
 
 /// Borrowed form of [`Checkpoint`] for writing.
 pub(crate) struct CheckpointView<'a> {
-    pub(crate) parameters: &'a Parameters,
-    pub(crate) optimiser: &'a AdamW,
-    pub(crate) gradient: Option<&'a Values>,
+    pub(crate) policy: PartView<'a>,
+    pub(crate) adapters: Vec<(&'a str, PartView<'a>)>,
+    pub(crate) critic: Option<PartView<'a>>,
     pub(crate) snapshots: Vec<(&'a str, &'a Parameters)>,
     pub(crate) version: PolicyVersion,
+}
+
+/// What adapters stand on.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Ground<'a> {
+    /// Hash of the base.
+    pub(crate) base: ContentHash,
+    pub(crate) layout: &'a AdapterLayout,
+    pub(crate) shape: &'a ModelShape,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -57,6 +105,33 @@ struct StateFile {
     optimiser_steps: u64,
     gradient: bool,
     snapshots: Vec<String>,
+    /// Only of adapters.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    lora: Option<LoraState>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    critic: Option<PartState>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LoraState {
+    base: ContentHash,
+    policy_version: PolicyVersion,
+    adapters: BTreeMap<String, PartState>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PartState {
+    version: PolicyVersion,
+    optimiser_steps: u64,
+    gradient: bool,
+}
+
+impl PartState {
+    fn of(part: PartView<'_>) -> Self {
+        Self { version: part.version, optimiser_steps: part.optimiser.steps, gradient: part.gradient.is_some() }
+    }
 }
 
 /// The part of Hugging Face's `config.json` that says how a model is built. What only some models have is left out of the
@@ -175,19 +250,25 @@ fn broken(path: &Path, reason: impl std::fmt::Display) -> PolicyError {
     PolicyError::Checkpoint { path: path.to_owned(), reason: reason.to_string() }
 }
 
-fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), PolicyError> {
+/// Writes JSON for people.
+pub(crate) fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), PolicyError> {
     let mut text = serde_json::to_vec_pretty(value).map_err(|error| broken(path, error))?;
     text.push(b'\n');
     write_file(path, &text)
 }
 
-fn read_json<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<T, PolicyError> {
+/// Reads JSON.
+pub(crate) fn read_json<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<T, PolicyError> {
     let text = std::fs::read(path).map_err(PolicyError::io(path))?;
     serde_json::from_slice(&text).map_err(|error| broken(path, error))
 }
 
 /// Writes lists of values under prefixed names, in Hugging Face layout.
-fn write_tensors(path: &Path, specs: &[ParameterSpec], lists: &[(&str, &Values)]) -> Result<(), PolicyError> {
+pub(crate) fn write_tensors(
+    path: &Path,
+    specs: &[ParameterSpec],
+    lists: &[(&str, &Values)],
+) -> Result<(), PolicyError> {
     let mut tensors = Vec::new();
     for (prefix, values) in lists {
         for (spec, values) in specs.iter().zip(*values) {
@@ -235,31 +316,78 @@ fn snapshot_file(index: usize) -> String {
     format!("snapshot-{index:03}.safetensors")
 }
 
-/// Writes a checkpoint into `dir`, which is made when it does not exist.
-pub(crate) fn save(dir: &Path, view: &CheckpointView<'_>, end_token: u32) -> Result<(), PolicyError> {
-    std::fs::create_dir_all(dir).map_err(PolicyError::io(dir))?;
-    let specs = &view.parameters.specs;
-    write_tensors(&dir.join(MODEL), specs, &[("", &view.parameters.values)])?;
-    let moments = [("first.", &view.optimiser.first), ("second.", &view.optimiser.second)];
+/// Writes moments and gradient, the part of a model that only training needs.
+fn save_training(dir: &Path, part: PartView<'_>) -> Result<(), PolicyError> {
+    let specs = &part.parameters.specs;
+    let moments = [("first.", &part.optimiser.first), ("second.", &part.optimiser.second)];
     write_tensors(&dir.join(OPTIMISER), specs, &moments)?;
-    if let Some(gradient) = view.gradient {
-        write_tensors(&dir.join(GRADIENT), specs, &[("", gradient)])?;
+    match part.gradient {
+        Some(gradient) => write_tensors(&dir.join(GRADIENT), specs, &[("", gradient)]),
+        None => Ok(()),
     }
-    for (index, (_, snapshot)) in view.snapshots.iter().enumerate() {
-        write_tensors(&dir.join(snapshot_file(index)), specs, &[("", &snapshot.values)])?;
+}
+
+/// Makes the entries of a folder durable.
+fn synchronise(dir: &Path) -> Result<(), PolicyError> {
+    File::open(dir).and_then(|dir| dir.sync_all()).map_err(PolicyError::io(dir))
+}
+
+/// Writes a plain model into `dir`, which is made when it does not exist.
+pub(crate) fn save_model(dir: &Path, model: &Parameters, end_token: u32) -> Result<(), PolicyError> {
+    std::fs::create_dir_all(dir).map_err(PolicyError::io(dir))?;
+    write_tensors(&dir.join(MODEL), &model.specs, &[("", &model.values)])?;
+    write_json(&dir.join(CONFIG), &ConfigFile::new(&model.shape, end_token)?)
+}
+
+/// Writes a checkpoint into `dir`, which is made when it does not exist: a plain model, or adapters on a ground that is not
+/// written.
+pub(crate) fn save(
+    dir: &Path,
+    checkpoint: &CheckpointView<'_>,
+    ground: Option<Ground<'_>>,
+    end_token: u32,
+) -> Result<(), PolicyError> {
+    let policy = checkpoint.policy;
+    let Some(ground) = ground else {
+        save_model(dir, policy.parameters, end_token)?;
+        return save_rest(dir, checkpoint, None);
+    };
+    peft::save(dir, ground.layout, policy.parameters)?;
+    for (name, part) in &checkpoint.adapters {
+        let dir = dir.join(ADAPTERS).join(name);
+        peft::save(&dir, ground.layout, part.parameters)?;
+        save_training(&dir, *part)?;
+        synchronise(&dir)?;
     }
-    let config = ConfigFile::new(&view.parameters.shape, end_token)?;
-    write_json(&dir.join(CONFIG), &config)?;
+    let adapters = checkpoint.adapters.iter().map(|(name, part)| ((*name).to_owned(), PartState::of(*part))).collect();
+    save_rest(dir, checkpoint, Some(LoraState { base: ground.base, policy_version: policy.version, adapters }))
+}
+
+/// Writes everything but the models' own files.
+fn save_rest(dir: &Path, checkpoint: &CheckpointView<'_>, lora: Option<LoraState>) -> Result<(), PolicyError> {
+    let policy = checkpoint.policy;
+    save_training(dir, policy)?;
+    for (index, (_, snapshot)) in checkpoint.snapshots.iter().enumerate() {
+        write_tensors(&dir.join(snapshot_file(index)), &snapshot.specs, &[("", &snapshot.values)])?;
+    }
+    if let Some(critic) = checkpoint.critic {
+        let dir = dir.join(CRITIC);
+        std::fs::create_dir_all(&dir).map_err(PolicyError::io(&dir))?;
+        write_tensors(&dir.join(MODEL), &critic.parameters.specs, &[("", &critic.parameters.values)])?;
+        save_training(&dir, critic)?;
+        synchronise(&dir)?;
+    }
     let state = StateFile {
         format: FORMAT,
-        version: view.version,
-        optimiser_steps: view.optimiser.steps,
-        gradient: view.gradient.is_some(),
-        snapshots: view.snapshots.iter().map(|(name, _)| (*name).to_owned()).collect(),
+        version: checkpoint.version,
+        optimiser_steps: policy.optimiser.steps,
+        gradient: policy.gradient.is_some(),
+        snapshots: checkpoint.snapshots.iter().map(|(name, _)| (*name).to_owned()).collect(),
+        lora,
+        critic: checkpoint.critic.map(PartState::of),
     };
     write_json(&dir.join(STATE), &state)?;
-    // The folder's own entries must be on the disk too.
-    File::open(dir).and_then(|dir| dir.sync_all()).map_err(PolicyError::io(dir))
+    synchronise(dir)
 }
 
 /// Reads the sizes that a checkpoint's model has.
@@ -268,34 +396,78 @@ pub(crate) fn read_shape(dir: &Path) -> Result<ModelShape, PolicyError> {
     read_json::<ConfigFile>(&path)?.shape().map_err(|reason| broken(&path, reason))
 }
 
-/// Reads a checkpoint.
-pub(crate) fn load(dir: &Path) -> Result<Checkpoint, PolicyError> {
-    let shape = read_shape(dir)?;
-    let specs = parameters::specs(&shape);
+/// Values of one file.
+fn read_values(path: &Path, specs: &[ParameterSpec]) -> Result<Values, PolicyError> {
+    read_tensors(path, specs, &[""])?.pop().ok_or_else(|| broken(path, "it is empty"))
+}
+
+/// Reads what [`save_training`] wrote beside a model.
+fn load_training(dir: &Path, parameters: Parameters, state: &PartState) -> Result<Part, PolicyError> {
+    let specs = &parameters.specs;
+    let path = dir.join(OPTIMISER);
+    let moments = <[Values; 2]>::try_from(read_tensors(&path, specs, &["first.", "second."])?);
+    let [first, second] = moments.map_err(|_| broken(&path, "it must hold two moments"))?;
+    let gradient = if state.gradient { Some(read_values(&dir.join(GRADIENT), specs)?) } else { None };
+    let optimiser = AdamW { first, second, steps: state.optimiser_steps };
+    Ok(Part { parameters: Arc::new(parameters), optimiser, gradient, version: state.version })
+}
+
+/// Reads a checkpoint: of a plain model, or of adapters on the given ground.
+pub(crate) fn load(dir: &Path, ground: Option<Ground<'_>>) -> Result<Checkpoint, PolicyError> {
     let path = dir.join(STATE);
     let state: StateFile = read_json(&path)?;
     if state.format != FORMAT {
         return Err(broken(&path, format!("its format is {} and this build reads {FORMAT}", state.format)));
     }
-    let one = |name: &str| -> Result<Values, PolicyError> {
-        let path = dir.join(name);
-        read_tensors(&path, &specs, &[""])?.pop().ok_or_else(|| broken(&path, "it is empty"))
+    let (shape, specs) = match (&ground, &state.lora) {
+        (None, None) => {
+            let shape = read_shape(dir)?;
+            let specs = parameters::specs(&shape);
+            (shape, specs)
+        }
+        (Some(ground), Some(lora)) if lora.base == ground.base => {
+            (ground.shape.clone(), ground.layout.specs(ground.shape))
+        }
+        (Some(_), Some(_)) => return Err(broken(&path, "its adapters are of another base model")),
+        (Some(_), None) => {
+            return Err(broken(&path, "it holds all weights, where the config asks for adapters (lora)"));
+        }
+        (None, Some(_)) => return Err(broken(&path, "it holds adapters only: open their base and restore them there")),
     };
-    let parameters = |values| Parameters { shape: shape.clone(), specs: specs.clone(), values };
-    let path = dir.join(OPTIMISER);
-    let moments = <[Values; 2]>::try_from(read_tensors(&path, &specs, &["first.", "second."])?);
-    let [first, second] = moments.map_err(|_| broken(&path, "it must hold two moments"))?;
+    let mut policy_state =
+        PartState { version: state.version, optimiser_steps: state.optimiser_steps, gradient: state.gradient };
+    let mut adapters = BTreeMap::new();
+    let parameters = if let (Some(ground), Some(lora)) = (&ground, state.lora) {
+        policy_state.version = lora.policy_version;
+        for (name, part) in lora.adapters {
+            // The name becomes a path.
+            if lora::name_problem(&name).is_some() {
+                return Err(broken(&path, format!("`{name}` is not an adapter's name")));
+            }
+            let dir = dir.join(ADAPTERS).join(&name);
+            let adapter = peft::load(&dir, ground.layout, ground.shape)?;
+            adapters.insert(name, load_training(&dir, adapter, &part)?);
+        }
+        peft::load(dir, ground.layout, ground.shape)?
+    } else {
+        let values = read_values(&dir.join(MODEL), &specs)?;
+        Parameters { shape: shape.clone(), specs: specs.clone(), values }
+    };
+    let policy = load_training(dir, parameters, &policy_state)?;
     let mut snapshots = BTreeMap::new();
     for (index, name) in state.snapshots.into_iter().enumerate() {
-        snapshots.insert(name, parameters(one(&snapshot_file(index))?));
+        let values = read_values(&dir.join(snapshot_file(index)), &specs)?;
+        snapshots.insert(name, Arc::new(Parameters { shape: shape.clone(), specs: specs.clone(), values }));
     }
-    Ok(Checkpoint {
-        parameters: parameters(one(MODEL)?),
-        optimiser: AdamW { first, second, steps: state.optimiser_steps },
-        gradient: if state.gradient { Some(one(GRADIENT)?) } else { None },
-        snapshots,
-        version: state.version,
-    })
+    let critic = match state.critic {
+        Some(part) => {
+            let (dir, specs) = (dir.join(CRITIC), weights::critic_specs(&shape));
+            let values = read_values(&dir.join(MODEL), &specs)?;
+            Some(load_training(&dir, Parameters { shape, specs, values }, &part)?)
+        }
+        None => None,
+    };
+    Ok(Checkpoint { policy, adapters, critic, snapshots, version: state.version })
 }
 
 #[cfg(test)]

@@ -1,18 +1,20 @@
 //! The model on one training worker: the sampler's kernels or burn.
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use burn::prelude::{Device, Tensor};
+use burn::prelude::Device;
 use fulgurite_core::id::PolicyVersion;
 
-use crate::backprop::{Tape, Transposed};
+use crate::backprop::{self, Keep, Tape, Transposed};
 use crate::decoder::Decoder;
 use crate::error::PolicyError;
 use crate::model::Model;
 use crate::parameters::{Parameters, Values};
 use crate::rotary::RotaryTable;
+use crate::weights::ModelWeights;
 
-/// Weights as the kernels want them, shared by the workers.
+/// ModelWeights as the kernels want them, shared by the workers.
 #[derive(Debug)]
 pub(crate) struct PackedModels {
     decoder: Decoder,
@@ -24,17 +26,16 @@ pub(crate) struct PackedModels {
 impl PackedModels {
     /// Packs the trained weights, transposed ones too when `tracked`, and the reference's.
     pub(crate) fn new(
-        parameters: &Parameters,
-        reference: Option<&Parameters>,
+        weights: &ModelWeights,
+        reference: Option<&ModelWeights>,
         tracked: bool,
         rotary: &Arc<RotaryTable>,
         threads: usize,
     ) -> Self {
-        let pack =
-            |parameters: &Parameters| Decoder::new(parameters, PolicyVersion::default(), rotary.clone(), threads);
+        let pack = |weights: &ModelWeights| weights.decoder(PolicyVersion::default(), rotary, threads);
         Self {
-            decoder: pack(parameters),
-            transposed: tracked.then(|| Transposed::new(parameters, threads)),
+            decoder: pack(weights),
+            transposed: tracked.then(|| weights.transposed(threads)),
             reference: reference.map(pack),
         }
     }
@@ -53,22 +54,54 @@ pub(crate) enum Models {
     Burn(Device),
 }
 
-/// The model on one worker.
-pub(crate) enum Compute<'a> {
-    /// The sampler's kernels with activations of the micro-batch at hand.
-    Kernels(&'a PackedModels, Box<Tape>),
-    /// burn, with the reference behind it.
-    Burn(Box<Model>, Option<Box<Model>>),
+/// What bounds the memory of one micro-batch on the kernels.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Bounds {
+    /// Whether only the inputs of layers are kept for the backward pass.
+    pub(crate) recompute: bool,
+    /// Tokens whose logits are there at once.
+    pub(crate) logits_tokens_max: usize,
 }
 
-/// Logits of a micro-batch, `[sources, vocabulary]`.
-pub(crate) struct Pass {
-    /// Of the trained model; to be replaced by their gradient before the backward pass.
-    pub(crate) logits: Vec<f32>,
-    /// Of the reference, when there is one.
-    pub(crate) reference: Option<Vec<f32>>,
-    /// What burn needs for its backward pass.
-    graph: Option<Box<Tensor<2>>>,
+/// Memory of one worker, used again for the next micro-batch.
+#[derive(Debug, Default)]
+pub(crate) struct Workspace {
+    tape: Tape,
+    logits: Vec<f32>,
+    reference_normed: Vec<f32>,
+    reference_logits: Vec<f32>,
+}
+
+/// Tokens that something is predicted from.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Sources<'a> {
+    /// Ids of each row.
+    pub(crate) rows: &'a [&'a [u32]],
+    /// A row and a place in it.
+    pub(crate) at: &'a [(usize, usize)],
+    /// Length of the longest row.
+    pub(crate) length: usize,
+}
+
+impl Sources<'_> {
+    /// Places of the sources when rows stand one after the other.
+    fn packed(&self) -> Vec<usize> {
+        let next_start = |next: &mut usize, row: &&[u32]| Some(std::mem::replace(next, *next + row.len()));
+        let starts: Vec<usize> = self.rows.iter().scan(0, next_start).collect();
+        self.at.iter().map(|(row, at)| starts.get(*row).map_or(0, |start| start + at)).collect()
+    }
+}
+
+/// Looks at the logits of some of the sources, `[sources, vocabulary]`, and at the reference's where there is one. When a
+/// gradient is asked for, it replaces the logits by theirs.
+pub(crate) type VisitLogits<'a> = &'a mut dyn FnMut(Range<usize>, &mut [f32], Option<&mut [f32]>);
+
+/// The model on one worker.
+pub(crate) enum Compute<'a> {
+    /// The sampler's kernels.
+    Kernels(&'a PackedModels, Box<Workspace>, Bounds),
+    /// burn, with the reference behind it.
+    Burn(Box<Model>, Option<Box<Model>>),
 }
 
 fn burn_failed(error: impl std::fmt::Display) -> PolicyError {
@@ -77,8 +110,8 @@ fn burn_failed(error: impl std::fmt::Display) -> PolicyError {
 
 impl<'a> Compute<'a> {
     /// On packed weights.
-    pub(crate) fn kernels(packed: &'a PackedModels, tape: Box<Tape>) -> Self {
-        Self::Kernels(packed, tape)
+    pub(crate) fn kernels(packed: &'a PackedModels, workspace: Box<Workspace>, bounds: Bounds) -> Self {
+        Self::Kernels(packed, workspace, bounds)
     }
 
     /// On a device of burn's. The forward pass without gradients uses the autodiff device too: it then runs the very same
@@ -94,66 +127,128 @@ impl<'a> Compute<'a> {
         Self::Burn(model, reference.map(|reference| Box::new(Model::new(reference, &device, false))))
     }
 
-    /// The tape, for its memory.
-    pub(crate) fn into_tape(self) -> Option<Box<Tape>> {
+    /// The memory, for the next worker.
+    pub(crate) fn into_workspace(self) -> Option<Box<Workspace>> {
         match self {
-            Self::Kernels(_, tape) => Some(tape),
+            Self::Kernels(_, workspace, _) => Some(workspace),
             Self::Burn(..) => None,
         }
     }
 
-    /// Logits after each source, which is a row and a place in it. `length` is the longest row's.
-    pub(crate) fn forward(
+    /// Shows the logits after each source to `visit`, in order and some at a time, and adds the gradient of every trained
+    /// weight when there is one to add to.
+    pub(crate) fn logits(
         &mut self,
-        rows: &[&[u32]],
-        sources: &[(usize, usize)],
-        length: usize,
+        sources: Sources<'_>,
         rotary: &RotaryTable,
-    ) -> Result<Pass, PolicyError> {
+        gradient: Option<&mut Values>,
+        visit: VisitLogits<'_>,
+    ) -> Result<(), PolicyError> {
         match self {
-            Self::Kernels(packed, tape) => {
-                let next_start = |next: &mut usize, row: &&[u32]| Some(std::mem::replace(next, *next + row.len()));
-                let starts: Vec<usize> = rows.iter().scan(0, next_start).collect();
-                let selected = || sources.iter().map(|(row, at)| starts.get(*row).map_or(0, |start| start + at));
-                let mut run = |decoder: &Decoder| {
-                    tape.forward(decoder, rows.iter().copied(), selected());
-                    std::mem::take(&mut tape.logits)
-                };
-                // The reference first: the tape must hold the trained model's activations afterwards.
-                let reference = packed.reference.as_ref().map(&mut run);
-                Ok(Pass { logits: run(&packed.decoder), reference, graph: None })
+            Self::Kernels(packed, workspace, bounds) => {
+                kernel_logits(packed, workspace, *bounds, sources, gradient, visit);
+                Ok(())
             }
-            Self::Burn(model, reference) => {
-                let number = |value: usize| i32::try_from(value).map_err(burn_failed);
-                // Padding stands behind the row, where causal attention never looks.
-                let padded = rows.iter().flat_map(|row| row.iter().copied().chain(std::iter::repeat(0)).take(length));
-                let ids = padded.map(|id| number(id as usize)).collect::<Result<Vec<_>, _>>()?;
-                let selected =
-                    sources.iter().map(|(row, at)| number(row * length + at)).collect::<Result<Vec<_>, _>>()?;
-                let reference = reference
-                    .as_ref()
-                    .map(|model| model.logits(ids.clone(), length, selected.clone(), rotary).into_data().try_into_vec())
-                    .transpose()
-                    .map_err(burn_failed)?;
-                let graph = Box::new(model.logits(ids, length, selected, rotary));
-                let logits = (*graph).clone().into_data().try_into_vec().map_err(burn_failed)?;
-                Ok(Pass { logits, reference, graph: Some(graph) })
-            }
+            Self::Burn(model, reference) => burn_logits(model, reference.as_deref(), sources, rotary, gradient, visit),
         }
     }
 
-    /// Adds the gradient of every weight, given that of the logits in the last forward pass.
-    pub(crate) fn backward(&mut self, pass: Pass, gradient: &mut Values) -> Result<(), PolicyError> {
-        match (self, pass.graph) {
-            (Self::Kernels(packed, tape), _) => {
-                tape.logits = pass.logits;
-                if let Some(transposed) = &packed.transposed {
-                    tape.backward(&packed.decoder, transposed, gradient);
-                }
-                Ok(())
-            }
-            (Self::Burn(model, _), Some(graph)) => model.backward(*graph, pass.logits, gradient).map_err(burn_failed),
-            (Self::Burn(..), None) => Err(PolicyError::Internal("a forward pass without a graph".to_owned())),
+    /// Shows a critic's value at each source to `visit`, which replaces them by their gradient when there is one to add to.
+    pub(crate) fn values(
+        &mut self,
+        sources: Sources<'_>,
+        gradient: Option<&mut Values>,
+        visit: impl FnOnce(&mut [f32]),
+    ) -> Result<(), PolicyError> {
+        let Self::Kernels(packed, workspace, bounds) = self else {
+            return Err(PolicyError::Unsupported("a critic on device `flex`".to_owned()));
+        };
+        let decoder = &packed.decoder;
+        let head = decoder.value_head.as_ref().ok_or_else(|| burn_failed("a critic without a value head"))?;
+        let tape = &mut workspace.tape;
+        tape.forward(
+            decoder,
+            sources.rows.iter().copied(),
+            sources.packed().into_iter(),
+            bounds.keep(gradient.is_some()),
+        );
+        let mut values = tape.values(head);
+        visit(&mut values);
+        if let (Some(gradient), Some(transposed)) = (gradient, &packed.transposed) {
+            tape.values_backward(head, &values, gradient);
+            tape.backward(decoder, transposed, gradient);
         }
+        Ok(())
+    }
+}
+
+impl Bounds {
+    fn keep(self, is_tracked: bool) -> Keep {
+        match (is_tracked, self.recompute) {
+            (false, _) => Keep::Nothing,
+            (true, true) => Keep::Inputs,
+            (true, false) => Keep::Everything,
+        }
+    }
+}
+
+fn kernel_logits(
+    packed: &PackedModels,
+    workspace: &mut Workspace,
+    bounds: Bounds,
+    sources: Sources<'_>,
+    mut gradient: Option<&mut Values>,
+    visit: VisitLogits<'_>,
+) {
+    let Workspace { tape, logits, reference_normed, reference_logits } = workspace;
+    let (decoder, rows) = (&packed.decoder, sources.rows);
+    let selected = sources.packed();
+    // The reference first: the tape must hold the trained model's activations afterwards.
+    if let Some(reference) = &packed.reference {
+        tape.forward(reference, rows.iter().copied(), selected.iter().copied(), Keep::Nothing);
+        std::mem::swap(&mut tape.selected_normed, reference_normed);
+    }
+    tape.forward(decoder, rows.iter().copied(), selected.iter().copied(), bounds.keep(gradient.is_some()));
+    for first in (0..selected.len()).step_by(bounds.logits_tokens_max.max(1)) {
+        let tokens = first..selected.len().min(first + bounds.logits_tokens_max.max(1));
+        backprop::logits(decoder, &tape.selected_normed, tokens.clone(), logits);
+        let reference = packed.reference.as_ref().map(|reference| {
+            backprop::logits(reference, reference_normed, tokens.clone(), reference_logits);
+            reference_logits.as_mut_slice()
+        });
+        visit(tokens.clone(), logits, reference);
+        if let (Some(gradient), Some(transposed)) = (gradient.as_deref_mut(), &packed.transposed) {
+            tape.logits_backward(decoder, transposed, tokens, logits, gradient);
+        }
+    }
+    if let (Some(gradient), Some(transposed)) = (gradient, &packed.transposed) {
+        tape.backward(decoder, transposed, gradient);
+    }
+}
+
+fn burn_logits(
+    model: &Model,
+    reference: Option<&Model>,
+    sources: Sources<'_>,
+    rotary: &RotaryTable,
+    gradient: Option<&mut Values>,
+    visit: VisitLogits<'_>,
+) -> Result<(), PolicyError> {
+    let Sources { rows, at, length } = sources;
+    let number = |value: usize| i32::try_from(value).map_err(burn_failed);
+    // Padding stands behind the row, where causal attention never looks.
+    let padded = rows.iter().flat_map(|row| row.iter().copied().chain(std::iter::repeat(0)).take(length));
+    let ids = padded.map(|id| number(id as usize)).collect::<Result<Vec<_>, _>>()?;
+    let selected = at.iter().map(|(row, at)| number(row * length + at)).collect::<Result<Vec<_>, _>>()?;
+    let mut reference: Option<Vec<f32>> = reference
+        .map(|model| model.logits(ids.clone(), length, selected.clone(), rotary).into_data().try_into_vec())
+        .transpose()
+        .map_err(burn_failed)?;
+    let graph = model.logits(ids, length, selected, rotary);
+    let mut logits: Vec<f32> = graph.clone().into_data().try_into_vec().map_err(burn_failed)?;
+    visit(0..at.len(), &mut logits, reference.as_deref_mut());
+    match gradient {
+        Some(gradient) => model.backward(graph, logits, gradient).map_err(burn_failed),
+        None => Ok(()),
     }
 }

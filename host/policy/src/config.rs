@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::device::PolicyDevice;
 use crate::error::PolicyError;
+use crate::lora::LoraConfig;
 use crate::shape::{ModelShape, RopeScaling};
 
 /// Sizes that a policy starts from.
@@ -15,6 +16,12 @@ pub enum Preset {
     #[default]
     Tiny,
 }
+
+/// `[policy.local.critic]`: a value model beside the policy, with a trunk and moments of its own. It is made when an algorithm
+/// first asks for it, from the policy's weights of that moment and a value head of zeros. Its presence is the whole setting.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CriticConfig {}
 
 /// `[policy]` of a run's config. Fields left out take the preset's value.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -52,6 +59,19 @@ pub struct PolicyConfig {
     pub gradient_shards: usize,
     /// Most tokens of one micro-batch, padding included. 512: large enough to keep a core busy, small enough for its caches.
     pub micro_batch_tokens_max: usize,
+    /// Whether training keeps only the inputs of layers and computes the rest again for the backward pass: about a third
+    /// more arithmetic, same bits, and activations of one layer instead of all. On device `cpu`. Off.
+    pub gradient_checkpointing: bool,
+    /// Memory for the logits of one micro-batch on device `cpu`, in bytes; the loss goes over more in pieces. 64 MiB: all of
+    /// a micro-batch at small vocabularies, some hundred tokens at the largest. Changing it changes the last bits of a
+    /// gradient where a micro-batch does not fit.
+    pub logits_bytes_max: usize,
+    /// Train adapters over frozen weights: `[policy.local.lora]` of a run's config. None: all weights are trained.
+    #[serde(skip)]
+    pub lora: Option<LoraConfig>,
+    /// Offer a critic: `[policy.local.critic]` of a run's config. None.
+    #[serde(skip)]
+    pub critic: Option<CriticConfig>,
     /// Memory for keys and values, of calls in flight and of what is kept for later ones, in bytes. 1 GiB; what does not
     /// fit is computed again. Each thread carries one call in any case.
     pub kv_cache_bytes_max: usize,
@@ -83,6 +103,10 @@ impl Default for PolicyConfig {
             threads: 0,
             gradient_shards: 8,
             micro_batch_tokens_max: 512,
+            gradient_checkpointing: false,
+            logits_bytes_max: 64 << 20,
+            lora: None,
+            critic: None,
             kv_cache_bytes_max: 1 << 30,
             swap_in_flight: false,
             batch_wait_ms_max: 50,
@@ -133,6 +157,12 @@ impl PolicyConfig {
         }
         if self.micro_batch_tokens_max == 0 {
             return Err(invalid("micro_batch_tokens_max", 0, "use at least 1"));
+        }
+        if self.logits_bytes_max == 0 {
+            return Err(invalid("logits_bytes_max", 0, "use at least 1"));
+        }
+        if let Some(lora) = &self.lora {
+            lora.check()?;
         }
         if self.requests_waiting_max == 0 {
             return Err(invalid("requests_waiting_max", 0, "use at least 1"));

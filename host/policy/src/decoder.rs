@@ -7,21 +7,35 @@ use fulgurite_core::id::PolicyVersion;
 
 use crate::kernel::{self, Packed};
 use crate::kv_cache::{BlockAttention, BlockLayout, KvCache};
+use crate::lora::{PackedAdapter, Site};
 use crate::parallel;
 use crate::parameters::{Layout, Parameters};
 use crate::rotary::RotaryTable;
 use crate::shape::ModelShape;
 
-/// One published version of the weights, ready for sampling. Immutable.
-#[derive(Debug)]
+/// One published version of the weights, ready for sampling. Immutable; copies share the weights.
+#[derive(Debug, Clone)]
 pub(crate) struct Decoder {
     pub(crate) version: PolicyVersion,
     pub(crate) shape: ModelShape,
-    pub(crate) embedding: Vec<f32>,
-    pub(crate) layers: Vec<Layer>,
-    pub(crate) norm: Vec<f32>,
-    pub(crate) head: Packed,
+    pub(crate) embedding: Arc<Vec<f32>>,
+    pub(crate) layers: Arc<Vec<Layer>>,
+    pub(crate) norm: Arc<Vec<f32>>,
+    /// Empty in a critic.
+    pub(crate) head: Arc<Packed>,
     pub(crate) rotary: Arc<RotaryTable>,
+    /// What is added to some projections.
+    pub(crate) adapter: Option<Arc<PackedAdapter>>,
+    /// Stands in a critic for the output projection.
+    pub(crate) value_head: Option<Arc<ValueHead>>,
+}
+
+/// One value per hidden state.
+#[derive(Debug)]
+pub(crate) struct ValueHead {
+    /// `[d_model]`.
+    pub(crate) weight: Vec<f32>,
+    pub(crate) bias: f32,
 }
 
 #[derive(Debug)]
@@ -83,6 +97,7 @@ pub(crate) struct Scratch {
     wide: Vec<f32>,
     mixed: Vec<f32>,
     scores: Vec<f32>,
+    low: Vec<f32>,
     positions: Vec<usize>,
     pub(crate) logits: Vec<f32>,
 }
@@ -93,13 +108,40 @@ fn resized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
 }
 
 impl Decoder {
-    /// Packs weights on some threads.
+    /// Packs the weights of a language model on some threads.
     pub(crate) fn new(
         parameters: &Parameters,
         version: PolicyVersion,
         rotary: Arc<RotaryTable>,
         threads: usize,
     ) -> Self {
+        let shape = &parameters.shape;
+        let tensor = |at: usize| parameters.values.get(at).map_or(&[][..], Vec::as_slice);
+        let (d, vocabulary) = (shape.d_model, shape.vocabulary);
+        let head = if shape.tie_embeddings {
+            Packed::transposed(vocabulary, &[(tensor(0), d)])
+        } else {
+            Packed::new(d, &[(tensor(Layout::new(shape).norm() + 1), vocabulary)])
+        };
+        Self { head: Arc::new(head), ..Self::trunk(parameters, version, rotary, threads) }
+    }
+
+    /// Packs the weights of a critic on some threads.
+    pub(crate) fn critic(
+        parameters: &Parameters,
+        version: PolicyVersion,
+        rotary: Arc<RotaryTable>,
+        threads: usize,
+    ) -> Self {
+        let head = Layout::new(&parameters.shape).norm() + 1;
+        let tensor = |at: usize| parameters.values.get(at).cloned().unwrap_or_default();
+        let bias = tensor(head + 1).first().copied().unwrap_or(0.0);
+        let head = ValueHead { weight: tensor(head), bias };
+        Self { value_head: Some(Arc::new(head)), ..Self::trunk(parameters, version, rotary, threads) }
+    }
+
+    /// Packs everything but the head.
+    fn trunk(parameters: &Parameters, version: PolicyVersion, rotary: Arc<RotaryTable>, threads: usize) -> Self {
         let shape = parameters.shape.clone();
         let tensor = |at: usize| parameters.values.get(at).map_or(&[][..], Vec::as_slice);
         let (d, ff, query, kv) = (shape.d_model, shape.d_ff, shape.query_width(), shape.kv_width());
@@ -119,12 +161,24 @@ impl Decoder {
             }
         });
         let last = layout.norm();
-        let head = if shape.tie_embeddings {
-            Packed::transposed(shape.vocabulary, &[(tensor(0), d)])
-        } else {
-            Packed::new(d, &[(tensor(last + 1), shape.vocabulary)])
-        };
-        Self { version, embedding: tensor(0).to_vec(), layers, norm: tensor(last).to_vec(), head, rotary, shape }
+        Self {
+            version,
+            embedding: Arc::new(tensor(0).to_vec()),
+            layers: Arc::new(layers),
+            norm: Arc::new(tensor(last).to_vec()),
+            head: Arc::default(),
+            rotary,
+            shape,
+            adapter: None,
+            value_head: None,
+        }
+    }
+
+    /// Adds the adapter's share, where there is one, to the output `y` of a projection of `x`.
+    pub(crate) fn adapt(&self, layer: usize, site: Site, x: &[f32], low: &mut Vec<f32>, y: &mut [f32]) {
+        if let Some(adapter) = &self.adapter {
+            adapter.add(layer, site, x, low, y);
+        }
     }
 
     /// Feeds rows: several of one sequence stand in its order. Afterwards their keys and values are in the caches and
@@ -153,6 +207,7 @@ impl Decoder {
             let width = query + 2 * kv;
             let wide = resized(&mut scratch.wide, count * width);
             layer.project(normed, wide);
+            self.adapt(index, Site::QueryKeyValue, normed, &mut scratch.low, wide);
             layer.normalise_heads(wide, shape);
             for ((row, position), projected) in rows.iter().zip(&scratch.positions).zip(wide.chunks_exact_mut(width)) {
                 let (rotated, values) = projected.split_at_mut(query + kv);
@@ -179,14 +234,17 @@ impl Decoder {
                 }
             }
             layer.add_attention(mixed, &mut scratch.x);
+            self.adapt(index, Site::AttentionOut, mixed, &mut scratch.low, &mut scratch.x);
 
             let normed = resized(&mut scratch.normed, count * d);
             kernel::rms_norm(&scratch.x, &layer.mlp_norm, epsilon, normed);
             let wide = resized(&mut scratch.wide, count * layer.gate_up.width());
             kernel::multiply::<false>(normed, &layer.gate_up, wide);
+            self.adapt(index, Site::GateUp, normed, &mut scratch.low, wide);
             let mixed = resized(&mut scratch.mixed, count * shape.d_ff);
             kernel::silu_gate(wide, shape.d_ff, mixed);
             kernel::multiply::<true>(mixed, &layer.down, &mut scratch.x);
+            self.adapt(index, Site::Down, mixed, &mut scratch.low, &mut scratch.x);
         }
     }
 

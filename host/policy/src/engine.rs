@@ -1,44 +1,37 @@
-//! The handle to the policy and the thread that owns its training state.
+//! The handle to the policy. Its training state lives in a [`Trainer`] on a thread of its own.
 //!
 //! Verbs are commands on a bounded channel and run one after the other, so a verb sees everything that the one before it
 //! did. A full channel makes the caller wait.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
 
 use fulgurite_core::id::{ContentHash, PolicyVersion};
 use fulgurite_core::llm::{LlmBackend, Message, Role};
 use fulgurite_core::seed::Seed;
 use fulgurite_core::training::{
-    ForwardBackwardReport, LossSpec, OptimiserReport, OptimiserStep, RowLogProbs, TrainingRow,
+    ForwardBackwardReport, LossSpec, OptimiserReport, OptimiserStep, RowDerivatives, RowLogProbs, TrainingRow,
 };
 use tokio::sync::{mpsc, oneshot};
 
-use crate::checkpoint::{self, Checkpoint, CheckpointView};
+use crate::checkpoint::{self, Checkpoint, Part};
 use crate::config::PolicyConfig;
-use crate::decoder::Decoder;
 use crate::error::PolicyError;
-use crate::loss::Normalisers;
-use crate::optimiser::{AdamW, gradient_norm};
-use crate::parallel;
-use crate::parameters::{Parameters, Values};
+use crate::lora::{AdapterLayout, LoraConfig};
+use crate::parameters::Parameters;
 use crate::rotary::RotaryTable;
-use crate::scheduler::{Generator, SchedulerLimits};
+use crate::scheduler::SchedulerLimits;
 use crate::session::PolicyBackend;
 use crate::shape::ModelShape;
 use crate::tokenizer::PolicyTokenizer;
-use crate::train::{BatchRunner, Objective, Outcome, check_loss, check_rows};
+use crate::train::BatchRunner;
+use crate::trainer::{Answer, Command, ModelName, Published, Trained, Trainer, trained};
+use crate::weights::{Base, ModelWeights};
 
 /// Commands that may wait; verbs come one at a time, so this only absorbs bursts.
 const COMMANDS_MAX: usize = 64;
-/// Longest name of a snapshot in bytes.
-const SNAPSHOT_NAME_BYTES_MAX: usize = 64;
-/// Most snapshots at once: each is a full copy of the weights.
-const SNAPSHOTS_MAX: usize = 16;
-/// The snapshot that the KL term refers to.
-const REFERENCE: &str = "reference";
 
 /// A demonstration as token ids.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -75,49 +68,30 @@ pub struct EngineStatistics {
 }
 
 /// A handle to one policy. Cheap to clone; the policy's threads end when the last handle, backend and session is gone.
+///
+/// With LoRA a handle is to one adapter: the policy's own, or another by [`adapter`](Self::adapter). Its verbs, its version and
+/// its backend are that adapter's; [`save`](Self::save) and [`restore`](Self::restore) are of the whole engine.
 #[derive(Clone)]
 pub struct PolicyEngine {
     inner: Arc<Inner>,
+    model: ModelName,
+    published: Arc<Published>,
 }
 
 struct Inner {
     commands: mpsc::Sender<Command>,
-    generator: Arc<Generator>,
     tokenizer: PolicyTokenizer,
     shape: ModelShape,
-    published: Arc<Published>,
-}
-
-/// The newest weights and their version.
-struct Published(RwLock<(Arc<Parameters>, PolicyVersion)>);
-
-impl Published {
-    fn get(&self) -> (Arc<Parameters>, PolicyVersion) {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    fn set(&self, parameters: Arc<Parameters>, version: PolicyVersion) {
-        *self.0.write().unwrap_or_else(PoisonError::into_inner) = (parameters, version);
-    }
+    models: Arc<BTreeMap<ModelName, Arc<Published>>>,
 }
 
 impl std::fmt::Debug for PolicyEngine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("PolicyEngine").field("shape", &self.inner.shape).field("version", &self.version()).finish()
+        f.debug_struct("PolicyEngine")
+            .field("shape", &self.inner.shape)
+            .field("version", &self.version())
+            .finish_non_exhaustive()
     }
-}
-
-type Answer<T> = oneshot::Sender<Result<T, PolicyError>>;
-
-enum Command {
-    ForwardBackward(Vec<TrainingRow>, LossSpec, Answer<ForwardBackwardReport>),
-    Backward(Vec<TrainingRow>, Vec<Vec<f32>>, Answer<()>),
-    Forward(Vec<TrainingRow>, Option<String>, Answer<Vec<RowLogProbs>>),
-    OptimiserStep(OptimiserStep, Answer<OptimiserReport>),
-    Snapshot(String, Answer<()>),
-    Save(PathBuf, Answer<()>),
-    Restore(PathBuf, Answer<()>),
-    ResetOptimiser(Answer<()>),
 }
 
 impl PolicyEngine {
@@ -127,7 +101,7 @@ impl PolicyEngine {
     /// When the config does not fit itself or this build, or a thread cannot be started.
     pub fn create(config: &PolicyConfig, tokenizer: PolicyTokenizer, seed: Seed) -> Result<Self, PolicyError> {
         let shape = config.shape(tokenizer.vocabulary())?;
-        Self::from_parameters(config, tokenizer, Parameters::initial(&shape, config.initial_std, seed))
+        Self::from_parameters(config, tokenizer, Parameters::initial(&shape, config.initial_std, seed), seed)
     }
 
     /// A policy that starts from a model's tensors. Of `config` only the device and the limits count. The tokenizer may have
@@ -149,22 +123,27 @@ impl PolicyEngine {
     ) -> Result<Self, PolicyError> {
         // Checks device and limits; the shape itself is the model's.
         config.shape(shape.vocabulary)?;
-        Self::from_parameters(config, tokenizer, Parameters::from_tensors(shape, found, read)?)
+        Self::from_parameters(config, tokenizer, Parameters::from_tensors(shape, found, read)?, Seed::new(0))
     }
 
     fn from_parameters(
         config: &PolicyConfig,
         tokenizer: PolicyTokenizer,
         parameters: Parameters,
+        seed: Seed,
     ) -> Result<Self, PolicyError> {
-        let optimiser = AdamW::new(&parameters);
-        let start =
-            Checkpoint { parameters, optimiser, gradient: None, snapshots: BTreeMap::new(), version: PolicyVersion(0) };
-        Self::start(config, tokenizer, start)
+        let start = Checkpoint {
+            policy: Part::new(Arc::new(parameters)),
+            adapters: BTreeMap::new(),
+            critic: None,
+            snapshots: BTreeMap::new(),
+            version: PolicyVersion(0),
+        };
+        Self::start(config, tokenizer, start, seed)
     }
 
     /// The policy that [`save`](Self::save) wrote into a folder. Sizes come from the folder; of `config` only the device
-    /// and the limits count.
+    /// and the limits count, and whether new adapters are trained over it.
     ///
     /// # Errors
     /// When a file is missing or does not fit, or a thread cannot be started.
@@ -172,12 +151,18 @@ impl PolicyEngine {
         let tokenizer = PolicyTokenizer::load(dir)?;
         // Checks device and limits; the shape itself is the folder's.
         config.shape(tokenizer.vocabulary())?;
-        let start = checkpoint::load(dir)?;
-        Self::start(config, tokenizer, start)
+        let start = checkpoint::load(dir, None)?;
+        Self::start(config, tokenizer, start, Seed::new(0))
     }
 
-    fn start(config: &PolicyConfig, tokenizer: PolicyTokenizer, start: Checkpoint) -> Result<Self, PolicyError> {
-        let shape = start.parameters.shape.clone();
+    /// `seed` is of initial adapters.
+    fn start(
+        config: &PolicyConfig,
+        tokenizer: PolicyTokenizer,
+        start: Checkpoint,
+        seed: Seed,
+    ) -> Result<Self, PolicyError> {
+        let shape = start.policy.parameters.shape.clone();
         if shape.vocabulary < tokenizer.vocabulary() {
             return Err(PolicyError::Tokenizer(format!(
                 "it has {} ids and the model {}",
@@ -194,19 +179,33 @@ impl PolicyEngine {
             swap_in_flight: config.swap_in_flight,
             requests_waiting_max: config.requests_waiting_max,
         };
-        let decoder = Decoder::new(&start.parameters, start.version, rotary.clone(), config.thread_count());
-        let generator = Arc::new(Generator::start(decoder, tokenizer.clone(), limits).map_err(failed)?);
-        let parameters = Arc::new(start.parameters);
-        let published = Arc::new(Published(RwLock::new((parameters.clone(), start.version))));
+        let (start, weights) = if let Some(lora) = &config.lora {
+            adapt(start, lora, seed, &rotary, config.thread_count())
+        } else {
+            let weights = ModelWeights::Full(start.policy.parameters.clone());
+            (start, weights)
+        };
+        let (snapshots, version) = (start.snapshots.clone(), start.version);
+        let (models, critic) = trained(start, &weights);
+        // The limit is for all adapters together.
+        let limits = SchedulerLimits { kv_cache_bytes_max: limits.kv_cache_bytes_max / models.len(), ..limits };
+        let first = |(name, model): (&ModelName, &Trained)| {
+            Ok((name.clone(), Arc::new(model.publish(&tokenizer, limits, &rotary)?)))
+        };
+        let published: BTreeMap<_, _> = models.iter().map(first).collect::<Result<_, _>>().map_err(failed)?;
+        let published = Arc::new(published);
+        let Some(policy) = published.get(&ModelName::Policy).cloned() else {
+            return Err(PolicyError::Internal("there is no policy".to_owned()));
+        };
+        let snapshot = |(name, parameters)| (name, weights.with_trained(parameters));
         let trainer = Trainer {
-            parameters,
-            optimiser: start.optimiser,
-            gradient: start.gradient,
-            snapshots: start.snapshots.into_iter().map(|(name, snapshot)| (name, Arc::new(snapshot))).collect(),
-            version: start.version,
+            models,
+            critic,
+            offers_critic: config.critic.is_some(),
+            snapshots: snapshots.into_iter().map(snapshot).collect(),
+            version,
             runner: BatchRunner::new(config, rotary.clone())?,
             rotary,
-            generator: generator.clone(),
             tokenizer: tokenizer.clone(),
             published: published.clone(),
         };
@@ -215,21 +214,33 @@ impl PolicyEngine {
             .name("policy-train".to_owned())
             .spawn(move || trainer.run(received))
             .map_err(failed)?;
-        Ok(Self { inner: Arc::new(Inner { commands, generator, tokenizer, shape, published }) })
+        let inner = Arc::new(Inner { commands, tokenizer, shape, models: published });
+        Ok(Self { inner, model: ModelName::Policy, published: policy })
+    }
+
+    /// A handle to a further adapter, by its name in the config.
+    ///
+    /// # Errors
+    /// When there is none of that name.
+    pub fn adapter(&self, name: &str) -> Result<Self, PolicyError> {
+        let model = ModelName::Adapter(name.into());
+        let unknown = || PolicyError::UnknownAdapter(name.to_owned());
+        let published = self.inner.models.get(&model).cloned().ok_or_else(unknown)?;
+        Ok(Self { inner: self.inner.clone(), model, published })
     }
 
     /// The policy as a language model for rollouts. Live sessions are the live rollouts: open one before its attempt
     /// starts and drop it as soon as the attempt has ended.
     #[must_use]
     pub fn backend(&self) -> Arc<dyn LlmBackend> {
-        let (generator, tokenizer) = (self.inner.generator.clone(), self.inner.tokenizer.clone());
+        let (generator, tokenizer) = (self.published.generator.clone(), self.inner.tokenizer.clone());
         Arc::new(PolicyBackend { generator, tokenizer })
     }
 
     /// Version of the newest weights.
     #[must_use]
     pub fn version(&self) -> PolicyVersion {
-        self.inner.published.get().1
+        self.published.version()
     }
 
     /// Tokens of prompt and completion together, at most.
@@ -244,10 +255,10 @@ impl PolicyEngine {
         &self.inner.shape
     }
 
-    /// Number of weights.
+    /// Number of weights that are trained.
     #[must_use]
     pub fn parameter_count(&self) -> usize {
-        self.inner.published.get().0.count()
+        self.published.weights().count()
     }
 
     /// The policy's tokenizer.
@@ -256,16 +267,17 @@ impl PolicyEngine {
         &self.inner.tokenizer
     }
 
-    /// Hash of the newest weights, every bit of them.
+    /// Hash of the newest weights, every bit of them; those under an adapter count too.
     #[must_use]
     pub fn weights_hash(&self) -> ContentHash {
-        self.inner.published.get().0.hash()
+        self.published.weights().hash()
     }
 
     /// Running totals of generation.
     #[must_use]
     pub fn statistics(&self) -> EngineStatistics {
-        let (counters, memory) = (&self.inner.generator.scheduler.counters, &self.inner.generator.scheduler.memory);
+        let scheduler = &self.published.generator.scheduler;
+        let (counters, memory) = (&scheduler.counters, &scheduler.memory);
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         EngineStatistics {
             calls: get(&counters.calls),
@@ -309,22 +321,52 @@ impl PolicyEngine {
     /// Adds the gradient of a loss over a whole optimiser batch to what has been gathered since the last step.
     ///
     /// # Errors
-    /// When a row or the loss does not fit, or the KL term has no snapshot named `reference`.
+    /// When a row or the loss does not fit, or the KL term has no snapshot named `reference`. Adapters need none: without it
+    /// their reference is the base.
     pub async fn forward_backward(
         &self,
         rows: Vec<TrainingRow>,
         loss: LossSpec,
     ) -> Result<ForwardBackwardReport, PolicyError> {
-        self.ask(|answer| Command::ForwardBackward(rows, loss, answer)).await
+        let model = self.model.clone();
+        self.ask(|answer| Command::ForwardBackward(model, rows, loss, answer)).await
     }
 
-    /// Adds the gradient that follows from given derivatives of a loss with respect to each row's log-probs (one per id;
-    /// those of tokens outside the mask are not read).
+    /// Adds the gradient that follows from given derivatives of a loss with respect to each row's log-probs and entropies.
     ///
     /// # Errors
     /// When a row does not fit, or a derivative is not finite.
-    pub async fn backward(&self, rows: Vec<TrainingRow>, d_log_probs: Vec<Vec<f32>>) -> Result<(), PolicyError> {
-        self.ask(|answer| Command::Backward(rows, d_log_probs, answer)).await
+    pub async fn backward(&self, rows: Vec<TrainingRow>, derivatives: Vec<RowDerivatives>) -> Result<(), PolicyError> {
+        let model = self.model.clone();
+        self.ask(|answer| Command::Backward(model, rows, derivatives, answer)).await
+    }
+
+    /// The critic's value of each masked token of the rows: what it expects when it has seen all before that token. One list
+    /// per row with an entry per id, 0 outside the mask.
+    ///
+    /// The first call of a verb of the critic makes it: the policy's weights of that moment with a value head of zeros.
+    ///
+    /// # Errors
+    /// When the config offers no critic or a row does not fit.
+    pub async fn values(&self, rows: Vec<TrainingRow>) -> Result<Vec<Vec<f32>>, PolicyError> {
+        self.ask(|answer| Command::Values(rows, answer)).await
+    }
+
+    /// Adds to the critic's gradient what follows from given derivatives of a loss with respect to each row's values: an
+    /// empty list for zeros, or one entry per id, of which those outside the mask are not read.
+    ///
+    /// # Errors
+    /// When the config offers no critic, a row does not fit, or a derivative is not finite.
+    pub async fn values_backward(&self, rows: Vec<TrainingRow>, d_values: Vec<Vec<f32>>) -> Result<(), PolicyError> {
+        self.ask(|answer| Command::ValuesBackward(rows, d_values, answer)).await
+    }
+
+    /// Applies the critic's gathered gradient. The report's version is the policy's, which stays.
+    ///
+    /// # Errors
+    /// When the config offers no critic, no gradient was gathered, or a number of the step is not finite or negative.
+    pub async fn critic_step(&self, step: OptimiserStep) -> Result<OptimiserReport, PolicyError> {
+        self.ask(|answer| Command::CriticStep(step, answer)).await
     }
 
     /// Log-probs and entropies of the rows' masked tokens at each row's temperature, under the newest weights or a
@@ -337,7 +379,8 @@ impl PolicyEngine {
         rows: Vec<TrainingRow>,
         model: Option<String>,
     ) -> Result<Vec<RowLogProbs>, PolicyError> {
-        self.ask(|answer| Command::Forward(rows, model, answer)).await
+        let (adapter, snapshot) = (self.model.clone(), model);
+        self.ask(|answer| Command::Forward(adapter, rows, snapshot, answer)).await
     }
 
     /// Applies the gathered gradient and publishes the new weights under the next version. A gradient that is not finite
@@ -346,7 +389,8 @@ impl PolicyEngine {
     /// # Errors
     /// When no gradient was gathered, or a number of the step is not finite or negative.
     pub async fn optimiser_step(&self, step: OptimiserStep) -> Result<OptimiserReport, PolicyError> {
-        self.ask(|answer| Command::OptimiserStep(step, answer)).await
+        let model = self.model.clone();
+        self.ask(|answer| Command::OptimiserStep(model, step, answer)).await
     }
 
     /// Freezes a copy of the weights under a name; an earlier one of that name is replaced. `reference` is the one that
@@ -355,8 +399,36 @@ impl PolicyEngine {
     /// # Errors
     /// When the name is empty or too long, or there are too many snapshots.
     pub async fn snapshot(&self, name: impl Into<String>) -> Result<(), PolicyError> {
-        let name = name.into();
-        self.ask(|answer| Command::Snapshot(name, answer)).await
+        let (model, name) = (self.model.clone(), name.into());
+        self.ask(|answer| Command::Snapshot(model, name, answer)).await
+    }
+
+    /// Writes the adapter into a folder as PEFT reads it.
+    ///
+    /// # Errors
+    /// When all weights are trained, or a file cannot be written.
+    pub async fn export_adapter(&self, dir: &Path) -> Result<(), PolicyError> {
+        let (model, dir) = (self.model.clone(), dir.to_owned());
+        self.ask(|answer| Command::ExportAdapter(model, dir, answer)).await
+    }
+
+    /// Takes over an adapter of PEFT's, forgets moments and gradient of the one before, and publishes it under the next
+    /// version.
+    ///
+    /// # Errors
+    /// When all weights are trained, or the adapter has another rank, scale, targets or sizes than the config says.
+    pub async fn import_adapter(&self, dir: &Path) -> Result<(), PolicyError> {
+        let (model, dir) = (self.model.clone(), dir.to_owned());
+        self.ask(|answer| Command::ImportAdapter(model, dir, answer)).await
+    }
+
+    /// Writes model and tokenizer into a folder that Hugging Face's libraries read; an adapter is merged into its base.
+    ///
+    /// # Errors
+    /// When a file cannot be written.
+    pub async fn export_merged(&self, dir: &Path) -> Result<(), PolicyError> {
+        let (model, dir) = (self.model.clone(), dir.to_owned());
+        self.ask(|answer| Command::ExportMerged(model, dir, answer)).await
     }
 
     /// Writes weights, optimiser, version, snapshots, tokenizer and template into a folder, synchronised with the disk.
@@ -394,173 +466,24 @@ impl PolicyEngine {
     }
 }
 
-/// The training state and the thread that owns it.
-struct Trainer {
-    parameters: Arc<Parameters>,
-    optimiser: AdamW,
-    gradient: Option<Values>,
-    snapshots: BTreeMap<String, Arc<Parameters>>,
-    version: PolicyVersion,
-    runner: BatchRunner,
-    rotary: Arc<RotaryTable>,
-    generator: Arc<Generator>,
-    tokenizer: PolicyTokenizer,
-    published: Arc<Published>,
-}
-
-impl Trainer {
-    fn run(mut self, mut commands: mpsc::Receiver<Command>) {
-        while let Some(command) = commands.blocking_recv() {
-            // A caller that no longer waits does not undo what it asked for.
-            match command {
-                Command::ForwardBackward(rows, loss, answer) => drop(answer.send(self.forward_backward(rows, loss))),
-                Command::Backward(rows, derivatives, answer) => drop(answer.send(self.backward(rows, derivatives))),
-                Command::Forward(rows, model, answer) => drop(answer.send(self.forward(rows, model))),
-                Command::OptimiserStep(step, answer) => drop(answer.send(self.optimiser_step(&step))),
-                Command::Snapshot(name, answer) => drop(answer.send(self.snapshot(name))),
-                Command::Save(dir, answer) => drop(answer.send(self.save(&dir))),
-                Command::Restore(dir, answer) => drop(answer.send(self.restore(&dir))),
-                Command::ResetOptimiser(answer) => {
-                    self.optimiser = AdamW::new(&self.parameters);
-                    self.gradient = None;
-                    drop(answer.send(Ok(())));
-                }
-            }
-        }
-    }
-
-    fn gather(&mut self, rows: Vec<TrainingRow>, objective: Objective) -> Result<Outcome, PolicyError> {
-        let mut outcome = self.runner.run(self.parameters.clone(), rows, objective)?;
-        match (&mut self.gradient, outcome.gradient.take()) {
-            (Some(total), Some(part)) => {
-                let parts = [part];
-                parallel::add(self.runner.threads(), total, &parts);
-                for part in parts {
-                    self.runner.recycle(part);
-                }
-            }
-            (total, Some(part)) => *total = Some(part),
-            (_, None) => {}
-        }
-        Ok(outcome)
-    }
-
-    fn forward_backward(
-        &mut self,
-        rows: Vec<TrainingRow>,
-        spec: LossSpec,
-    ) -> Result<ForwardBackwardReport, PolicyError> {
-        check_rows(&self.parameters.shape, &rows)?;
-        check_loss(&spec)?;
-        let normalisers = Normalisers::new(&spec.aggregation, &rows)?;
-        let reference = match spec.kl {
-            Some(_) => Some(self.model(REFERENCE)?),
-            None => None,
-        };
-        Ok(self.gather(rows, Objective::Loss { spec, normalisers, reference })?.report)
-    }
-
-    fn backward(&mut self, rows: Vec<TrainingRow>, derivatives: Vec<Vec<f32>>) -> Result<(), PolicyError> {
-        check_rows(&self.parameters.shape, &rows)?;
-        let lengths_fit = derivatives.len() == rows.len()
-            && rows.iter().zip(&derivatives).all(|(row, derivatives)| row.ids.len() == derivatives.len());
-        if !lengths_fit {
-            return Err(PolicyError::InvalidBatch("there must be one derivative per id of every row".to_owned()));
-        }
-        if derivatives.iter().flatten().any(|derivative| !derivative.is_finite()) {
-            return Err(PolicyError::InvalidBatch("a derivative is not finite".to_owned()));
-        }
-        self.gather(rows, Objective::Derivatives(derivatives)).map(|_| ())
-    }
-
-    fn forward(&self, rows: Vec<TrainingRow>, model: Option<String>) -> Result<Vec<RowLogProbs>, PolicyError> {
-        check_rows(&self.parameters.shape, &rows)?;
-        let parameters = match model {
-            Some(name) => self.model(&name)?,
-            None => self.parameters.clone(),
-        };
-        Ok(self.runner.run(parameters, rows, Objective::Forward)?.log_probs)
-    }
-
-    fn model(&self, name: &str) -> Result<Arc<Parameters>, PolicyError> {
-        self.snapshots.get(name).cloned().ok_or_else(|| PolicyError::UnknownSnapshot(name.to_owned()))
-    }
-
-    fn optimiser_step(&mut self, step: &OptimiserStep) -> Result<OptimiserReport, PolicyError> {
-        let check = |name: &str, value: f64| {
-            let fits = value.is_finite() && value >= 0.0;
-            let error =
-                || PolicyError::InvalidBatch(format!("`{name}` is {value}, it must be finite and not negative"));
-            if fits { Ok(()) } else { Err(error()) }
-        };
-        check("learning_rate", step.learning_rate)?;
-        check("weight_decay", step.weight_decay)?;
-        check("gradient_norm_max", step.gradient_norm_max.unwrap_or(0.0))?;
-        let gradient = self.gradient.take().ok_or(PolicyError::NoGradient)?;
-        let threads = self.runner.threads();
-        let norm = gradient_norm(&gradient, threads);
-        let skipped = !norm.is_finite();
-        if skipped {
-            tracing::warn!(version = self.version.0, "the gradient is not finite: the step is skipped");
-        } else {
-            self.optimiser.step(Arc::make_mut(&mut self.parameters), &gradient, norm, step, threads);
-            self.version = PolicyVersion(self.version.0 + 1);
-            self.publish();
-        }
-        self.runner.recycle(gradient);
-        Ok(OptimiserReport { gradient_norm: norm, skipped, policy_version: self.version })
-    }
-
-    fn publish(&self) {
-        let (rotary, threads) = (self.rotary.clone(), self.runner.threads());
-        self.generator.scheduler.publish(Decoder::new(&self.parameters, self.version, rotary, threads));
-        self.published.set(self.parameters.clone(), self.version);
-    }
-
-    fn snapshot(&mut self, name: String) -> Result<(), PolicyError> {
-        if name.is_empty() || name.len() > SNAPSHOT_NAME_BYTES_MAX {
-            return Err(PolicyError::InvalidBatch(format!(
-                "a snapshot's name has 1 to {SNAPSHOT_NAME_BYTES_MAX} bytes"
-            )));
-        }
-        if self.snapshots.len() >= SNAPSHOTS_MAX && !self.snapshots.contains_key(&name) {
-            return Err(PolicyError::InvalidBatch(format!("there are {SNAPSHOTS_MAX} snapshots already")));
-        }
-        self.snapshots.insert(name, self.parameters.clone());
-        Ok(())
-    }
-
-    fn save(&self, dir: &Path) -> Result<(), PolicyError> {
-        let view = CheckpointView {
-            parameters: &self.parameters,
-            optimiser: &self.optimiser,
-            gradient: self.gradient.as_ref(),
-            snapshots: self.snapshots.iter().map(|(name, snapshot)| (name.as_str(), &**snapshot)).collect(),
-            version: self.version,
-        };
-        std::fs::create_dir_all(dir).map_err(PolicyError::io(dir))?;
-        self.tokenizer.save(dir)?;
-        checkpoint::save(dir, &view, self.tokenizer.end())
-    }
-
-    fn restore(&mut self, dir: &Path) -> Result<(), PolicyError> {
-        let loaded = checkpoint::load(dir)?;
-        let reason = if loaded.parameters.shape != self.parameters.shape {
-            Some("its model has other sizes than this policy")
-        } else if PolicyTokenizer::load(dir)?.hash() != self.tokenizer.hash() {
-            Some("its tokenizer or chat template is not this policy's")
-        } else {
-            None
-        };
-        if let Some(reason) = reason {
-            return Err(PolicyError::Checkpoint { path: dir.to_owned(), reason: reason.to_owned() });
-        }
-        self.parameters = Arc::new(loaded.parameters);
-        self.optimiser = loaded.optimiser;
-        self.gradient = loaded.gradient;
-        self.snapshots = loaded.snapshots.into_iter().map(|(name, snapshot)| (name, Arc::new(snapshot))).collect();
-        self.version = loaded.version;
-        self.publish();
-        Ok(())
-    }
+/// Puts fresh adapters over a model, which stays as it is from now on.
+fn adapt(
+    model: Checkpoint,
+    lora: &LoraConfig,
+    seed: Seed,
+    rotary: &Arc<RotaryTable>,
+    threads: usize,
+) -> (Checkpoint, ModelWeights) {
+    let layout = Arc::new(AdapterLayout::new(lora));
+    let base = Arc::new(Base::new(model.policy.parameters, rotary.clone(), threads));
+    let fresh = |name: &str| Part::new(Arc::new(layout.initial(&base.parameters.shape, seed.child(name))));
+    let start = Checkpoint {
+        policy: fresh("default"),
+        adapters: lora.adapters.iter().map(|name| (name.clone(), fresh(name))).collect(),
+        critic: None,
+        snapshots: BTreeMap::new(),
+        version: PolicyVersion(0),
+    };
+    let weights = ModelWeights::Adapted { base, layout, adapter: None };
+    (start, weights)
 }

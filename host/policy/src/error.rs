@@ -48,6 +48,12 @@ pub enum PolicyError {
     /// A snapshot of that name has not been taken.
     #[error("there is no snapshot `{0}`")]
     UnknownSnapshot(String),
+    /// No adapter of that name is configured.
+    #[error("there is no adapter `{0}`: name it in `adapters` of [policy.local.lora]")]
+    UnknownAdapter(String),
+    /// A critic was asked for and the config offers none.
+    #[error("there is no critic: add [policy.local.critic] to the config")]
+    NoCritic,
     /// `optimiser_step` was asked for and no gradient has been gathered since the last one.
     #[error("there is no gradient to apply: call forward_backward first")]
     NoGradient,

@@ -26,7 +26,7 @@ use self::chat::FolderTemplate;
 pub use self::config::ModelDescription;
 pub use self::plan::{MemoryPlan, PlanOptions};
 use self::tokenizer::FolderTokenizer;
-use self::weights::Weights;
+pub(crate) use self::weights::Weights;
 
 /// A folder whose parts fit one another.
 #[derive(Debug)]

@@ -2,12 +2,13 @@
 //! to look at weights that are not trained.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 
 use fulgurite_core::id::PolicyVersion;
 use fulgurite_core::training::{Aggregation, LossSpec, Stream, TrainingRow};
 
-use crate::compute::{Compute, PackedModels};
+use crate::compute::{Bounds, Compute, PackedModels, Sources};
 use crate::config::PolicyConfig;
 use crate::decoder::{Row, Scratch};
 use crate::device::Backend;
@@ -17,9 +18,11 @@ use crate::kv_cache::KvCache;
 use crate::loss::Normalisers;
 use crate::optimiser::gradient_norm;
 use crate::parameters::Parameters;
+use crate::peft;
 use crate::rotary::RotaryTable;
 use crate::shape::ModelShape;
 use crate::train::{BatchRunner, Objective, check_rows};
+use crate::weights::{Base, ModelWeights};
 
 /// Cross-entropy of given tokens.
 #[derive(Debug, Clone, PartialEq)]
@@ -44,7 +47,7 @@ pub struct Greedy {
 /// Weights ready for questions about given ids. Every answer is a function of weights, device and ids alone.
 #[derive(Debug)]
 pub struct Inference {
-    parameters: Arc<Parameters>,
+    weights: ModelWeights,
     packed: PackedModels,
     rotary: Arc<RotaryTable>,
     runner: BatchRunner,
@@ -70,15 +73,32 @@ impl Inference {
     /// On checked weights.
     pub(crate) fn new(config: &PolicyConfig, parameters: Arc<Parameters>) -> Result<Self, PolicyError> {
         let rotary = Arc::new(RotaryTable::new(&parameters.shape));
-        let packed = PackedModels::new(&parameters, None, false, &rotary, 1);
+        let weights = ModelWeights::Full(parameters);
+        let packed = PackedModels::new(&weights, None, false, &rotary, 1);
         let runner = BatchRunner::new(config, rotary.clone())?;
-        Ok(Self { parameters, packed, rotary, runner, backend: config.device.open()? })
+        Ok(Self { weights, packed, rotary, runner, backend: config.device.open()? })
+    }
+
+    /// The same model under an adapter in PEFT's layout. Gradients are then the adapter's.
+    ///
+    /// # Errors
+    /// When the folder holds no plain LoRA adapter for this model, or the device is not `cpu`.
+    pub fn with_adapter(self, dir: &Path) -> Result<Self, PolicyError> {
+        if !matches!(self.backend, Backend::Kernels) {
+            return Err(PolicyError::Unsupported("adapters on another device than `cpu`".to_owned()));
+        }
+        let layout = Arc::new(peft::read_layout(dir)?);
+        let adapter = Some(Arc::new(peft::load(dir, &layout, self.shape())?));
+        let base = Arc::new(Base::new(self.weights.merged(), self.rotary.clone(), 1));
+        let weights = ModelWeights::Adapted { base, layout, adapter };
+        let packed = PackedModels::new(&weights, None, false, &self.rotary, 1);
+        Ok(Self { weights, packed, ..self })
     }
 
     /// Sizes of the model.
     #[must_use]
     pub fn shape(&self) -> &ModelShape {
-        &self.parameters.shape
+        self.weights.shape()
     }
 
     /// Logits after each token from `from` on, as training's forward pass has them.
@@ -93,10 +113,16 @@ impl Inference {
         self.check(ids, from, 0)?;
         let sources: Vec<(usize, usize)> = (from..ids.len()).map(|at| (0, at)).collect();
         let mut compute = match &self.backend {
-            Backend::Kernels => Compute::kernels(&self.packed, Box::default()),
-            Backend::Burn(device) => Compute::burn(device, &self.parameters, None, false),
+            Backend::Kernels => {
+                let bounds = Bounds { recompute: false, logits_tokens_max: sources.len() };
+                Compute::kernels(&self.packed, Box::default(), bounds)
+            }
+            Backend::Burn(device) => Compute::burn(device, self.weights.trained(), None, false),
         };
-        Ok(compute.forward(&[ids], &sources, ids.len(), &self.rotary)?.logits)
+        let mut all = Vec::new();
+        let sources = Sources { rows: &[ids], at: &sources, length: ids.len() };
+        compute.logits(sources, &self.rotary, None, &mut |_, logits, _| all.extend_from_slice(logits))?;
+        Ok(all)
     }
 
     /// Cross-entropy of the tokens from `from` on, each given those before it.
@@ -121,9 +147,9 @@ impl Inference {
         check_rows(self.shape(), &rows)?;
         let spec = LossSpec { aggregation: Aggregation::TokenMean, ..LossSpec::default() };
         let normalisers = Normalisers::new(&spec.aggregation, &rows)?;
-        let log_probs = self.runner.run(self.parameters.clone(), rows.clone(), Objective::Forward)?.log_probs;
+        let log_probs = self.runner.run(self.weights.clone(), rows.clone(), Objective::Forward)?.log_probs;
         let objective = Objective::Loss { spec, normalisers, reference: None };
-        let outcome = self.runner.run(self.parameters.clone(), rows, objective)?;
+        let outcome = self.runner.run(self.weights.clone(), rows, objective)?;
         Ok(CrossEntropy {
             mean: outcome.report.cross_entropy,
             log_probs: log_probs.iter().flat_map(|row| row.log_probs.iter().skip(from).copied()).collect(),

@@ -2,6 +2,9 @@
 //!
 //! Not burn's: its clipping works tensor by tensor, and its state is keyed by ids that change between processes. Here the
 //! state is two lists in the order of the weights, which a checkpoint can hold bit by bit.
+//!
+//! Norms and biases never decay; projections, embeddings, adapters and the weight of a value head do. That is the rule of
+//! Hugging Face's `Trainer` and of nanoGPT (what has two dimensions decays); torchtitan decays everything.
 
 use fulgurite_core::training::OptimiserStep;
 

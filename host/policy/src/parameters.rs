@@ -25,6 +25,10 @@ pub(crate) enum Kind {
     Projection,
     /// A projection whose output is added to the residual stream; starts smaller.
     ResidualProjection,
+    /// `A` of an adapter, `[rank, in]`, the same in files.
+    AdapterDown,
+    /// `B` of an adapter, `[rank, out]`, transposed in files.
+    AdapterUp,
 }
 
 /// Name, kind and size of one tensor.
@@ -70,7 +74,7 @@ impl ParameterSpec {
 
     /// Whether memory and file differ in layout.
     fn is_transposed_in_files(&self) -> bool {
-        matches!(self.kind, Kind::Projection | Kind::ResidualProjection)
+        matches!(self.kind, Kind::Projection | Kind::ResidualProjection | Kind::AdapterUp)
     }
 }
 
@@ -182,7 +186,8 @@ impl Parameters {
                 let seed = seed.child("weights").child(&spec.name);
                 match spec.kind {
                     Kind::Norm => vec![1.0; spec.len()],
-                    Kind::Bias => vec![0.0; spec.len()],
+                    // Adapters and their initial values are made in `lora`.
+                    Kind::Bias | Kind::AdapterDown | Kind::AdapterUp => vec![0.0; spec.len()],
                     Kind::Embedding | Kind::Projection => normal(spec.len(), std, seed),
                     Kind::ResidualProjection => normal(spec.len(), residual_std, seed),
                 }
@@ -344,7 +349,7 @@ mod tests {
             let std = (values.iter().map(|v| (f64::from(*v) - mean).powi(2)).sum::<f64>() / values.len() as f64).sqrt();
             match spec.kind {
                 Kind::Norm => assert!(values.iter().all(|v| *v == 1.0)),
-                Kind::Bias => assert!(values.iter().all(|v| *v == 0.0)),
+                Kind::Bias | Kind::AdapterDown | Kind::AdapterUp => assert!(values.iter().all(|v| *v == 0.0)),
                 Kind::Embedding | Kind::Projection => assert!((std - 0.02).abs() < 0.001, "{} {std}", spec.name),
                 Kind::ResidualProjection => {
                     assert!((std - 0.02 / 8.0_f64.sqrt()).abs() < 0.000_5, "{} {std}", spec.name);

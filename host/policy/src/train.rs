@@ -12,10 +12,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
-use fulgurite_core::training::{ForwardBackwardReport, LossSpec, PolicyLoss, RowLogProbs, Stream, TrainingRow};
+use fulgurite_core::training::{
+    ForwardBackwardReport, LossSpec, PolicyLoss, RowDerivatives, RowLogProbs, Stream, TrainingRow,
+};
 
-use crate::backprop::Tape;
-use crate::compute::{Compute, Models, PackedModels};
+use crate::compute::{Bounds, Compute, Models, PackedModels, Sources, Workspace};
 use crate::config::PolicyConfig;
 use crate::device::Backend;
 use crate::error::PolicyError;
@@ -25,6 +26,9 @@ use crate::parallel;
 use crate::parameters::{Parameters, Values};
 use crate::rotary::RotaryTable;
 use crate::shape::ModelShape;
+use crate::split::{MicroBatch, plan};
+use crate::sums::Sums;
+use crate::weights::ModelWeights;
 
 /// What to compute for a batch.
 #[derive(Debug, Clone)]
@@ -35,23 +39,29 @@ pub(crate) enum Objective {
         spec: LossSpec,
         /// Of the whole batch.
         normalisers: Normalisers,
-        /// Weights of the KL term's reference.
-        reference: Option<Arc<Parameters>>,
+        /// ModelWeights of the KL term's reference.
+        reference: Option<ModelWeights>,
     },
-    /// Gradient for given derivatives with respect to log-probs, one list per row with an entry per id.
-    Derivatives(Vec<Vec<f32>>),
+    /// Gradient for given derivatives of a loss, per row.
+    Derivatives(Vec<RowDerivatives>),
     /// Log-probs and entropies only.
     Forward,
+    /// A critic's values only.
+    Values,
+    /// Gradient of a critic for given derivatives with respect to its values, one list per row with an entry per id.
+    ValueDerivatives(Vec<Vec<f32>>),
 }
 
 /// What came out.
 #[derive(Debug, Default)]
 pub(crate) struct Outcome {
-    /// `None` for [`Objective::Forward`].
+    /// `None` for [`Objective::Forward`] and [`Objective::Values`].
     pub(crate) gradient: Option<Values>,
     pub(crate) report: ForwardBackwardReport,
     /// One per row, in the order given; empty but for [`Objective::Forward`].
     pub(crate) log_probs: Vec<RowLogProbs>,
+    /// One list per row with an entry per id; empty but for [`Objective::Values`].
+    pub(crate) values: Vec<Vec<f32>>,
 }
 
 /// Runs batches on its worker threads.
@@ -61,6 +71,8 @@ pub(crate) struct BatchRunner {
     workers: Vec<rayon::ThreadPool>,
     shards: usize,
     micro_batch_tokens_max: usize,
+    logits_bytes_max: usize,
+    recompute: bool,
     rotary: Arc<RotaryTable>,
     backend: Backend,
     memory: Arc<Memory>,
@@ -69,7 +81,7 @@ pub(crate) struct BatchRunner {
 /// Activations and gradients of workers, kept between batches: fresh pages cost as much as the arithmetic in them.
 #[derive(Debug, Default)]
 struct Memory {
-    tapes: Mutex<Vec<Tape>>,
+    workspaces: Mutex<Vec<Workspace>>,
     gradients: Mutex<Vec<Values>>,
 }
 
@@ -84,7 +96,16 @@ fn give_back<T>(pool: &Mutex<Vec<T>>, one: T) {
 impl Memory {
     /// Zeros in the shape of the weights.
     fn zeros(&self, parameters: &Parameters) -> Values {
-        let Some(mut gradient) = take(&self.gradients) else { return parameters.zeros() };
+        let has_layout = |kept: &Values| {
+            kept.len() == parameters.values.len()
+                && kept.iter().zip(&parameters.values).all(|(kept, values)| kept.len() == values.len())
+        };
+        // Several models are trained in turn: policy, adapters, critic.
+        let kept = {
+            let mut all = self.gradients.lock().unwrap_or_else(PoisonError::into_inner);
+            all.iter().position(has_layout).map(|at| all.swap_remove(at))
+        };
+        let Some(mut gradient) = kept else { return parameters.zeros() };
         for values in &mut gradient {
             values.fill(0.0);
         }
@@ -92,15 +113,8 @@ impl Memory {
     }
 }
 
-/// Rows of one forward pass, padded to the longest.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct MicroBatch {
-    rows: Vec<usize>,
-    length: usize,
-}
-
 struct Job {
-    parameters: Arc<Parameters>,
+    weights: ModelWeights,
     rows: Vec<TrainingRow>,
     objective: Objective,
     shards: Vec<Vec<MicroBatch>>,
@@ -108,6 +122,7 @@ struct Job {
     results: Mutex<Vec<Option<ShardResult>>>,
     rotary: Arc<RotaryTable>,
     models: Models,
+    bounds: Bounds,
     memory: Arc<Memory>,
 }
 
@@ -116,68 +131,7 @@ struct ShardResult {
     gradient: Option<Values>,
     sums: Sums,
     log_probs: Vec<(usize, RowLogProbs)>,
-}
-
-/// Sums over trained tokens.
-#[derive(Debug, Clone, Copy, Default)]
-struct Sums {
-    loss: f64,
-    tokens: u64,
-    entropy: f64,
-    cross_entropy: f64,
-    /// Of the policy-gradient stream only, from here on.
-    policy_tokens: u64,
-    clipped: u64,
-    approximate_kl: f64,
-    reference_kl: f64,
-    ratio: f64,
-    ratio_max: f64,
-    mismatch: f64,
-    mismatch_max: f64,
-    importance: f64,
-    importance_squared: f64,
-}
-
-impl Sums {
-    fn add(&mut self, other: &Self) {
-        self.loss += other.loss;
-        self.tokens += other.tokens;
-        self.entropy += other.entropy;
-        self.cross_entropy += other.cross_entropy;
-        self.policy_tokens += other.policy_tokens;
-        self.clipped += other.clipped;
-        self.approximate_kl += other.approximate_kl;
-        self.reference_kl += other.reference_kl;
-        self.ratio += other.ratio;
-        self.ratio_max = self.ratio_max.max(other.ratio_max);
-        self.mismatch += other.mismatch;
-        self.mismatch_max = self.mismatch_max.max(other.mismatch_max);
-        self.importance += other.importance;
-        self.importance_squared += other.importance_squared;
-    }
-
-    fn report(&self, total_tokens: u64) -> ForwardBackwardReport {
-        let mean = |sum: f64, tokens: u64| if tokens == 0 { 0.0 } else { sum / tokens as f64 };
-        ForwardBackwardReport {
-            loss: self.loss,
-            trained_tokens: self.tokens,
-            total_tokens,
-            entropy: mean(self.entropy, self.tokens),
-            clip_fraction: mean(self.clipped as f64, self.policy_tokens),
-            approximate_kl: mean(self.approximate_kl, self.policy_tokens),
-            reference_kl: mean(self.reference_kl, self.policy_tokens),
-            ratio_mean: mean(self.ratio, self.policy_tokens),
-            ratio_max: self.ratio_max,
-            mismatch_mean: mean(self.mismatch, self.policy_tokens),
-            mismatch_max: self.mismatch_max,
-            effective_sample_size: if self.importance_squared > 0.0 {
-                self.importance.powi(2) / (self.policy_tokens as f64 * self.importance_squared)
-            } else {
-                0.0
-            },
-            cross_entropy: mean(self.cross_entropy, self.tokens),
-        }
-    }
+    values: Vec<(Target, f32)>,
 }
 
 fn invalid(text: impl Into<String>) -> PolicyError {
@@ -219,6 +173,23 @@ pub(crate) fn check_rows(shape: &ModelShape, rows: &[TrainingRow]) -> Result<(),
     Ok(())
 }
 
+/// Checks a caller's derivatives: for every row lists that are empty or have a finite number per id.
+pub(crate) fn check_derivatives<'a, const N: usize>(
+    rows: &[TrainingRow],
+    derivatives: impl ExactSizeIterator<Item = [&'a [f32]; N]>,
+) -> Result<(), PolicyError> {
+    let fits = derivatives.len() == rows.len();
+    for (row, list) in rows.iter().zip(derivatives).flat_map(|(row, lists)| lists.map(|list| (row, list))) {
+        if !(list.is_empty() || list.len() == row.ids.len()) {
+            return Err(invalid("there must be one derivative per id of every row"));
+        }
+        if list.iter().any(|derivative| !derivative.is_finite()) {
+            return Err(invalid("a derivative is not finite"));
+        }
+    }
+    if fits { Ok(()) } else { Err(invalid("there must be derivatives for every row")) }
+}
+
 /// Checks what a plugin asks for.
 pub(crate) fn check_loss(spec: &LossSpec) -> Result<(), PolicyError> {
     let check = |name: &str, value: f32, least: f32| {
@@ -246,6 +217,16 @@ impl BatchRunner {
     /// Starts the workers.
     pub(crate) fn new(config: &PolicyConfig, rotary: Arc<RotaryTable>) -> Result<Self, PolicyError> {
         let backend = config.device.open()?;
+        let asked = [
+            ("lora", config.lora.is_some()),
+            ("critic", config.critic.is_some()),
+            ("gradient_checkpointing", config.gradient_checkpointing),
+        ];
+        if let (Backend::Burn(_), Some((field, _))) = (&backend, asked.into_iter().find(|(_, asked)| *asked)) {
+            let value = format!("asked for on device `{}`", config.device);
+            let reason = "only device `cpu` offers it: use that, or leave the field out".to_owned();
+            return Err(PolicyError::InvalidConfig { field, value, reason });
+        }
         let threads = if backend.is_shared() { 1 } else { config.thread_count() };
         let workers = (0..threads.min(config.gradient_shards))
             .map(|index| {
@@ -260,6 +241,8 @@ impl BatchRunner {
             workers,
             shards: config.gradient_shards,
             micro_batch_tokens_max: config.micro_batch_tokens_max,
+            logits_bytes_max: config.logits_bytes_max,
+            recompute: config.gradient_checkpointing,
             rotary,
             backend,
             memory: Arc::default(),
@@ -269,32 +252,38 @@ impl BatchRunner {
     /// Runs a checked batch.
     pub(crate) fn run(
         &self,
-        parameters: Arc<Parameters>,
+        weights: impl Into<ModelWeights>,
         rows: Vec<TrainingRow>,
         objective: Objective,
     ) -> Result<Outcome, PolicyError> {
+        let weights = weights.into();
         let total_tokens = rows.iter().map(|row| row.ids.len() as u64).sum();
-        let forward = matches!(objective, Objective::Forward);
+        let tracked = objective.is_tracked();
         let mut outcome = Outcome::default();
-        if forward {
-            outcome.log_probs = rows
-                .iter()
-                .map(|row| RowLogProbs { log_probs: vec![0.0; row.ids.len()], entropies: vec![0.0; row.ids.len()] })
-                .collect();
+        let zeros = |row: &TrainingRow| vec![0.0; row.ids.len()];
+        match objective {
+            Objective::Forward => {
+                let empty = |row: &TrainingRow| RowLogProbs { log_probs: zeros(row), entropies: zeros(row) };
+                outcome.log_probs = rows.iter().map(empty).collect();
+            }
+            Objective::Values => outcome.values = rows.iter().map(zeros).collect(),
+            _ => {}
         }
-        let shards = plan(&rows, self.shards, self.micro_batch_tokens_max);
+        let shards = plan(&rows, self.shards, self.micro_batch_tokens_max, matches!(self.backend, Backend::Burn(_)));
         let results = Mutex::new(shards.iter().map(|_| None).collect());
         let rotary = self.rotary.clone();
         let models = match &self.backend {
             Backend::Kernels => {
-                let tracked = !matches!(objective, Objective::Forward);
-                let reference = objective.reference().map(|reference| &**reference);
-                Models::Packed(Box::new(PackedModels::new(&parameters, reference, tracked, &rotary, self.threads())))
+                let reference = objective.reference();
+                Models::Packed(Box::new(PackedModels::new(&weights, reference, tracked, &rotary, self.threads())))
             }
             Backend::Burn(device) => Models::Burn(device.clone()),
         };
+        let logits_tokens_max = self.logits_bytes_max / (size_of::<f32>() * weights.shape().vocabulary);
+        let bounds = Bounds { recompute: self.recompute, logits_tokens_max: logits_tokens_max.max(1) };
         let (next_shard, memory) = (AtomicUsize::new(0), self.memory.clone());
-        let job = Arc::new(Job { parameters, rows, objective, shards, next_shard, results, rotary, models, memory });
+        let job =
+            Arc::new(Job { weights, rows, objective, shards, next_shard, results, rotary, models, bounds, memory });
 
         let (done, finished) = mpsc::sync_channel(self.workers.len());
         for worker in &self.workers {
@@ -323,11 +312,16 @@ impl BatchRunner {
                     *slot = log_probs;
                 }
             }
+            for (target, value) in result.values {
+                if let Some(slot) = outcome.values.get_mut(target.row).and_then(|row| row.get_mut(target.at)) {
+                    *slot = value;
+                }
+            }
         }
-        if !forward {
+        if tracked {
             let mut gradients = gradients.into_iter();
             // No row may have a trained token.
-            let mut total = gradients.next().unwrap_or_else(|| job.parameters.zeros());
+            let mut total = gradients.next().unwrap_or_else(|| job.weights.trained().zeros());
             let parts: Vec<Values> = gradients.collect();
             parallel::add(self.threads(), &mut total, &parts);
             for part in parts {
@@ -355,43 +349,22 @@ fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
     format!("a training worker panicked: {}", text.unwrap_or("no message"))
 }
 
-/// Deals micro-batches to shards: a function of the rows' lengths and order alone.
-fn plan(rows: &[TrainingRow], shards: usize, tokens_max: usize) -> Vec<Vec<MicroBatch>> {
-    let mut order: Vec<usize> = (0..rows.len()).collect();
-    let length = |row: usize| rows.get(row).map_or(0, |row| row.ids.len());
-    order.sort_by_key(|row| std::cmp::Reverse(length(*row)));
-    let total: usize = rows.iter().map(|row| row.ids.len()).sum();
-    // Every shard gets work even when the whole batch would fit fewer micro-batches.
-    let budget = tokens_max.min(total.div_ceil(shards.max(1))).max(1);
-    let mut all = vec![Vec::new(); shards];
-    let mut open: Option<MicroBatch> = None;
-    let mut batches = Vec::new();
-    for row in order {
-        match &mut open {
-            // Sorted downwards: the first row is the longest.
-            Some(batch) if (batch.rows.len() + 1) * batch.length <= budget => batch.rows.push(row),
-            _ => batches.extend(open.replace(MicroBatch { rows: vec![row], length: length(row) })),
-        }
-    }
-    batches.extend(open);
-    for (index, batch) in batches.into_iter().enumerate() {
-        if let Some(shard) = all.get_mut(index % shards.max(1)) {
-            shard.push(batch);
-        }
-    }
-    all
-}
-
 impl Objective {
-    fn reference(&self) -> Option<&Arc<Parameters>> {
+    fn reference(&self) -> Option<&ModelWeights> {
         match self {
             Self::Loss { reference, .. } => reference.as_ref(),
-            Self::Derivatives(_) | Self::Forward => None,
+            _ => None,
         }
+    }
+
+    /// Whether a gradient is asked for.
+    fn is_tracked(&self) -> bool {
+        !matches!(self, Self::Forward | Self::Values)
     }
 }
 
 /// A trained token of a micro-batch.
+#[derive(Debug, Clone, Copy)]
 struct Target {
     row: usize,
     at: usize,
@@ -412,8 +385,8 @@ impl Job {
                 *slot = Some(result);
             }
         }
-        if let Some(tape) = compute.into_tape() {
-            give_back(&self.memory.tapes, *tape);
+        if let Some(workspace) = compute.into_workspace() {
+            give_back(&self.memory.workspaces, *workspace);
         }
         Ok(())
     }
@@ -421,13 +394,12 @@ impl Job {
     fn compute(&self) -> Compute<'_> {
         match &self.models {
             Models::Burn(device) => {
-                let tracked = !matches!(self.objective, Objective::Forward);
-                let reference = self.objective.reference().map(|reference| &**reference);
-                Compute::burn(device, &self.parameters, reference, tracked)
+                let reference = self.objective.reference().map(|reference| &**reference.trained());
+                Compute::burn(device, self.weights.trained(), reference, self.objective.is_tracked())
             }
             Models::Packed(packed) => {
-                let tape = take(&self.memory.tapes).unwrap_or_default();
-                Compute::kernels(packed, Box::new(tape))
+                let workspace = take(&self.memory.workspaces).unwrap_or_default();
+                Compute::kernels(packed, Box::new(workspace), self.bounds)
             }
         }
     }
@@ -452,25 +424,38 @@ impl Job {
             return Ok(());
         }
         let ids: Vec<&[u32]> = rows().map(|(_, row)| row.ids.as_slice()).collect();
-        let mut pass = compute.forward(&ids, &sources, batch.length, &self.rotary)?;
-        self.tokens(&targets, &mut pass.logits, pass.reference.take(), result);
-        if matches!(self.objective, Objective::Forward) {
-            return Ok(());
+        let sources = Sources { rows: &ids, at: &sources, length: batch.length };
+        let mut gradient = None;
+        if self.objective.is_tracked() {
+            let zeros = || self.memory.zeros(self.weights.trained());
+            gradient = Some(result.gradient.take().unwrap_or_else(zeros));
         }
-        let gradient = result.gradient.get_or_insert_with(|| self.memory.zeros(&self.parameters));
-        compute.backward(pass, gradient)
+        if matches!(self.objective, Objective::Values | Objective::ValueDerivatives(_)) {
+            compute.values(sources, gradient.as_mut(), |values| self.values(&targets, values, result))?;
+        } else {
+            compute.logits(sources, &self.rotary, gradient.as_mut(), &mut |tokens, logits, reference| {
+                self.tokens(targets.get(tokens).unwrap_or_default(), logits, reference, result);
+            })?;
+        }
+        result.gradient = gradient;
+        Ok(())
+    }
+
+    /// Takes down values, or replaces them by the given derivatives.
+    fn values(&self, targets: &[Target], values: &mut [f32], result: &mut ShardResult) {
+        for (target, value) in targets.iter().zip(values) {
+            if let Objective::ValueDerivatives(derivatives) = &self.objective {
+                *value = derivatives.get(target.row).and_then(|row| row.get(target.at)).copied().unwrap_or(0.0);
+            } else {
+                result.values.push((*target, *value));
+            }
+        }
     }
 
     /// Turns logits into `d loss / d logits` in place, token by token.
-    fn tokens(
-        &self,
-        targets: &[Target],
-        logits: &mut [f32],
-        mut reference: Option<Vec<f32>>,
-        result: &mut ShardResult,
-    ) {
-        let vocabulary = self.parameters.shape.vocabulary;
-        let mut reference = reference.as_mut().map(|logits| logits.chunks_exact_mut(vocabulary));
+    fn tokens(&self, targets: &[Target], logits: &mut [f32], reference: Option<&mut [f32]>, result: &mut ShardResult) {
+        let vocabulary = self.weights.shape().vocabulary;
+        let mut reference = reference.map(|logits| logits.chunks_exact_mut(vocabulary));
         let mut scaled = Vec::with_capacity(vocabulary);
         for (target, logits) in targets.iter().zip(logits.chunks_exact_mut(vocabulary)) {
             let Some(row) = self.rows.get(target.row) else { continue };
@@ -547,10 +532,10 @@ impl Job {
                 }
             }
             Objective::Derivatives(derivatives) => {
-                let derivative = derivatives.get(target.row).and_then(|row| value(row)).unwrap_or(0.0);
-                (derivative, 0.0)
+                let of = |list: &[f32]| value(list).unwrap_or(0.0);
+                derivatives.get(target.row).map_or((0.0, 0.0), |row| (of(&row.log_probs), of(&row.entropies)))
             }
-            Objective::Forward => {
+            Objective::Forward | Objective::Values | Objective::ValueDerivatives(_) => {
                 if result.log_probs.last().is_none_or(|(last, _)| *last != target.row) {
                     let zeros = || vec![0.0; row.ids.len()];
                     result.log_probs.push((target.row, RowLogProbs { log_probs: zeros(), entropies: zeros() }));

@@ -7,17 +7,21 @@ use std::sync::Arc;
 
 use fulgurite_core::id::PolicyVersion;
 use fulgurite_core::seed::{Generator, Seed};
-use fulgurite_core::training::{Aggregation, KlEstimator, KlTerm, LossSpec, PolicyLoss, Stream, TrainingRow};
+use fulgurite_core::training::{
+    Aggregation, KlEstimator, KlTerm, LossSpec, PolicyLoss, RowDerivatives, Stream, TrainingRow,
+};
 
 use crate::config::PolicyConfig;
 use crate::device::PolicyDevice;
 use crate::loss::Normalisers;
+use crate::optimiser::gradient_norm;
 use crate::parameters::{Parameters, Values};
 use crate::rotary::RotaryTable;
 use crate::train::{BatchRunner, Objective, Outcome};
 
-const VOCABULARY: usize = 61;
-fn config(device: PolicyDevice, kv_heads: usize, tied: bool) -> PolicyConfig {
+pub(crate) const VOCABULARY: usize = 61;
+
+pub(crate) fn config(device: PolicyDevice, kv_heads: usize, tied: bool) -> PolicyConfig {
     PolicyConfig {
         device,
         d_model: Some(64),
@@ -32,16 +36,16 @@ fn config(device: PolicyDevice, kv_heads: usize, tied: bool) -> PolicyConfig {
     }
 }
 
-fn parameters(config: &PolicyConfig, seed: u64) -> Arc<Parameters> {
+pub(crate) fn parameters(config: &PolicyConfig, seed: u64) -> Arc<Parameters> {
     Arc::new(Parameters::initial(&config.shape(VOCABULARY).unwrap(), config.initial_std, Seed::new(seed)))
 }
 
-fn runner(config: &PolicyConfig) -> BatchRunner {
+pub(crate) fn runner(config: &PolicyConfig) -> BatchRunner {
     BatchRunner::new(config, Arc::new(RotaryTable::new(&config.shape(VOCABULARY).unwrap()))).unwrap()
 }
 
 /// Ragged rows of both streams and several temperatures; log-probs are near those of `parameters`.
-fn rows(runner: &BatchRunner, parameters: &Arc<Parameters>, count: usize) -> Vec<TrainingRow> {
+pub(crate) fn rows(runner: &BatchRunner, parameters: &Arc<Parameters>, count: usize) -> Vec<TrainingRow> {
     let mut generator = Generator::new(Seed::new(9));
     let mut unit = || generator.below(2_001) as f32 / 1_000.0 - 1.0;
     let mut rows: Vec<TrainingRow> = (0..count)
@@ -73,22 +77,27 @@ fn rows(runner: &BatchRunner, parameters: &Arc<Parameters>, count: usize) -> Vec
 
 fn objective(spec: &LossSpec, rows: &[TrainingRow], reference: Option<Arc<Parameters>>) -> Objective {
     let normalisers = Normalisers::new(&spec.aggregation, rows).unwrap();
-    Objective::Loss { spec: spec.clone(), normalisers, reference }
+    Objective::Loss { spec: spec.clone(), normalisers, reference: reference.map(Into::into) }
 }
 
 fn run(runner: &BatchRunner, parameters: &Arc<Parameters>, rows: &[TrainingRow], spec: &LossSpec) -> Outcome {
     runner.run(parameters.clone(), rows.to_vec(), objective(spec, rows, None)).unwrap()
 }
 
-fn largest_difference(a: &Values, b: &Values) -> f32 {
+pub(crate) fn largest_difference(a: &Values, b: &Values) -> f32 {
     a.iter().flatten().zip(b.iter().flatten()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
 
-fn largest(values: &Values) -> f32 {
+/// Euclidean distance.
+fn distance(a: &Values, b: &Values) -> f64 {
+    a.iter().flatten().zip(b.iter().flatten()).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>().sqrt()
+}
+
+pub(crate) fn largest(values: &Values) -> f32 {
     values.iter().flatten().map(|v| v.abs()).fold(0.0, f32::max)
 }
 
-fn full_spec() -> LossSpec {
+pub(crate) fn full_spec() -> LossSpec {
     LossSpec {
         policy_loss: PolicyLoss::Ppo { clip_low: 0.2, clip_high: 0.28, dual_clip: Some(3.0) },
         aggregation: Aggregation::SequenceMeanTokenMean,
@@ -237,8 +246,11 @@ fn split_order_and_padding_do_not_change_loss_or_gradient() {
                 let runner =
                     runner(&PolicyConfig { gradient_shards: shards, micro_batch_tokens_max: tokens, ..base.clone() });
                 let got = run(&runner, &parameters, rows, &spec);
-                let difference = largest_difference(&want_gradient, &got.gradient.unwrap());
+                let got_gradient = got.gradient.unwrap();
+                let difference = largest_difference(&want_gradient, &got_gradient);
                 assert!(difference < 2e-5 * largest(&want_gradient), "{difference}");
+                let relative = distance(&want_gradient, &got_gradient) / gradient_norm(&want_gradient, 1);
+                assert!(relative < 1e-5, "{relative}");
                 assert!((got.report.loss - want.report.loss).abs() < 1e-6);
                 assert_eq!(got.report.trained_tokens, want.report.trained_tokens);
             }
@@ -280,8 +292,8 @@ fn given_derivatives_take_the_same_way_as_a_loss() {
             row.stream = Stream::Ce;
         }
         let trained: usize = rows.iter().map(crate::loss::trained_tokens).sum();
-        let derivatives: Vec<Vec<f32>> =
-            rows.iter().map(|row| row.weights.iter().map(|weight| -weight / trained as f32).collect()).collect();
+        let of = |row: &TrainingRow| row.weights.iter().map(|weight| -weight / trained as f32).collect();
+        let derivatives = rows.iter().map(|row| RowDerivatives { log_probs: of(row), entropies: vec![] }).collect();
         let want = run(&runner, &parameters, &rows, &LossSpec::default()).gradient.unwrap();
         let got = runner.run(parameters, rows, Objective::Derivatives(derivatives)).unwrap().gradient.unwrap();
         assert!(largest_difference(&want, &got) < 1e-5 * largest(&want));

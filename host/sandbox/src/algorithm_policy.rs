@@ -190,6 +190,7 @@ impl policy::Host for AlgorithmState {
         let from_wit = |gradient: policy::Gradient| TransitionGradient {
             transition: TransitionId(gradient.transition_id),
             d_log_probs: gradient.d_log_probs,
+            d_entropies: gradient.d_entropies,
             d_values: gradient.d_values,
         };
         let gradients = gradients.into_iter().map(from_wit).collect();

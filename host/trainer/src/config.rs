@@ -13,7 +13,7 @@ use fulgurite_core::limits::{InvalidNarrowing, Limits, NarrowedLimits};
 use fulgurite_core::llm::Sampling;
 use fulgurite_core::outcome::{Blame, OutcomeKind};
 use fulgurite_core::reward::RewardSource;
-use fulgurite_policy::PolicyConfig;
+use fulgurite_policy::{CriticConfig, LoraConfig, PolicyConfig};
 use fulgurite_runner::scripted::Script;
 use fulgurite_sandbox::PluginWorld;
 use serde::{Deserialize, Serialize};
@@ -142,6 +142,20 @@ pub struct LocalPolicyConfig {
     pub model: PolicyConfig,
     /// The tokenizer that is trained for it.
     pub tokenizer: TokenizerSection,
+    /// Train low-rank adapters over frozen weights. None: all weights are trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<LoraConfig>,
+    /// Offer algorithms a value model, `critic`. None: a plugin that asks for it is refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub critic: Option<CriticConfig>,
+}
+
+impl LocalPolicyConfig {
+    /// What the policy engine is told.
+    #[must_use]
+    pub fn engine(&self) -> PolicyConfig {
+        PolicyConfig { lora: self.lora.clone(), critic: self.critic.clone(), ..self.model.clone() }
+    }
 }
 
 /// How the tokenizer is trained.

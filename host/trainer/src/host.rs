@@ -17,7 +17,9 @@ use fulgurite_core::dataset::Split;
 use fulgurite_core::id::TransitionId;
 use fulgurite_core::llm::{Message, Role, Sampling};
 use fulgurite_core::seed::Seed;
-use fulgurite_core::training::{ForwardBackwardReport, LossSpec, OptimiserReport, OptimiserStep, Stream, TrainingRow};
+use fulgurite_core::training::{
+    ForwardBackwardReport, LossSpec, OptimiserReport, OptimiserStep, RowDerivatives, Stream, TrainingRow,
+};
 use fulgurite_policy::{PolicyEngine, PolicyError};
 use fulgurite_runner::Runner;
 use tokio::sync::watch;
@@ -40,6 +42,8 @@ const SCALARS_MAX: usize = 256;
 
 /// Name of the snapshot that the KL term is taken against.
 const REFERENCE: &str = "reference";
+/// Name of the value model.
+const CRITIC: &str = "critic";
 
 /// What a stage is made of.
 pub(crate) struct StageHost {
@@ -107,6 +111,14 @@ impl StageState {
             ..Self::default()
         }
     }
+}
+
+/// A model that can be trained.
+enum Trained {
+    /// The policy, or one of its adapters.
+    Policy(PolicyEngine),
+    /// The engine's critic.
+    Critic,
 }
 
 /// A transition and the sequence that it belongs to.
@@ -186,13 +198,23 @@ impl StageHost {
         if *self.stop.borrow() { Err(AlgorithmHostError::Stopping) } else { Ok(()) }
     }
 
-    fn only_policy(model: &ModelReference) -> Result<(), AlgorithmHostError> {
+    /// The model that a verb would change.
+    fn trained(&self, model: &ModelReference) -> Result<Trained, AlgorithmHostError> {
         match model {
-            ModelReference::Policy => Ok(()),
+            ModelReference::Policy => Ok(Trained::Policy(self.engine.clone())),
             ModelReference::Snapshot(name) => {
                 Err(AlgorithmHostError::InvalidArgument(format!("snapshot `{name}` is frozen; train `policy`")))
             }
-            ModelReference::Named(name) => Err(AlgorithmHostError::Unsupported(format!("named model `{name}`"))),
+            ModelReference::Named(name) if name == CRITIC => Ok(Trained::Critic),
+            ModelReference::Named(name) => self.engine.adapter(name).map(Trained::Policy).map_err(engine_error),
+        }
+    }
+
+    /// The same for verbs that only a language model has.
+    fn language_model(&self, model: &ModelReference, verb: &str) -> Result<PolicyEngine, AlgorithmHostError> {
+        match self.trained(model)? {
+            Trained::Policy(engine) => Ok(engine),
+            Trained::Critic => Err(AlgorithmHostError::InvalidArgument(format!("a critic has no `{verb}`"))),
         }
     }
 
@@ -258,12 +280,27 @@ fn engine_error(error: PolicyError) -> AlgorithmHostError {
     let text = error.to_string();
     match error {
         PolicyError::Unsupported(_) => AlgorithmHostError::Unsupported(text),
+        // What would allow it is in the text.
+        PolicyError::NoCritic | PolicyError::UnknownAdapter(_) => AlgorithmHostError::Denied(text),
         PolicyError::InvalidBatch(_)
         | PolicyError::DemonstrationTooLong { .. }
         | PolicyError::UnknownSnapshot(_)
         | PolicyError::NoGradient => AlgorithmHostError::InvalidArgument(text),
         _ => AlgorithmHostError::Failed(text),
     }
+}
+
+/// One number per sampled token as one per id. An empty list stays one.
+fn spread(id: &TransitionId, given: Vec<f32>, mask: &[bool], sampled: usize) -> Result<Vec<f32>, AlgorithmHostError> {
+    if given.is_empty() {
+        return Ok(given);
+    }
+    if given.len() != sampled {
+        let problem = format!("`{id}` has {sampled} sampled tokens and {} derivatives", given.len());
+        return Err(AlgorithmHostError::InvalidArgument(problem));
+    }
+    let mut given = given.into_iter();
+    Ok(mask.iter().map(|sampled| if *sampled { given.next().unwrap_or_default() } else { 0.0 }).collect())
 }
 
 fn runner_error(error: impl std::fmt::Display) -> AlgorithmHostError {
@@ -336,10 +373,10 @@ impl AlgorithmHost for StageHost {
     ) -> Verb<'_, ForwardBackwardReport> {
         Box::pin(async move {
             self.check_stop()?;
-            Self::only_policy(&model)?;
+            let engine = self.language_model(&model, "forward-backward")?;
             let rows = self.rows(&batch)?;
             let drawn = rows.iter().any(|row| row.stream == Stream::Rl);
-            let report = self.engine.forward_backward(rows, loss).await.map_err(engine_error)?;
+            let report = engine.forward_backward(rows, loss).await.map_err(engine_error)?;
             let mut state = self.state();
             state.totals.tokens += report.total_tokens;
             if drawn {
@@ -353,20 +390,28 @@ impl AlgorithmHost for StageHost {
     fn forward(&self, model: ModelReference, transitions: Vec<TransitionId>) -> Verb<'_, Vec<TransitionForward>> {
         Box::pin(async move {
             self.check_stop()?;
-            let snapshot = match model {
-                ModelReference::Policy => None,
-                ModelReference::Snapshot(name) => Some(name),
-                ModelReference::Named(name) => {
-                    return Err(AlgorithmHostError::Unsupported(format!("named model `{name}`")));
-                }
+            let (engine, snapshot) = match model {
+                ModelReference::Snapshot(name) => (Trained::Policy(self.engine.clone()), Some(name)),
+                model => (self.trained(&model)?, None),
             };
             let rows: Vec<_> = transitions.iter().map(|id| self.row_of(id)).collect::<Result<_, _>>()?;
             let (rows, _): (Vec<_>, Vec<usize>) = rows.into_iter().unzip();
             let masks: Vec<Vec<bool>> = rows.iter().map(|row| row.mask.clone()).collect();
-            let results = self.engine.forward(rows, snapshot).await.map_err(engine_error)?;
             let sampled = |values: &[f32], mask: &[bool]| -> Vec<f32> {
                 values.iter().zip(mask).filter(|(_, sampled)| **sampled).map(|(value, _)| *value).collect()
             };
+            let Trained::Policy(engine) = engine else {
+                let results = self.engine.values(rows).await.map_err(engine_error)?;
+                let all = transitions.into_iter().zip(results).zip(masks);
+                let views = all.map(|((transition, values), mask)| TransitionForward {
+                    transition,
+                    log_probs: vec![],
+                    entropies: vec![],
+                    values: sampled(&values, &mask),
+                });
+                return Ok(views.collect());
+            };
+            let results = engine.forward(rows, snapshot).await.map_err(engine_error)?;
             let views =
                 transitions.into_iter().zip(results).zip(masks).map(|((transition, result), mask)| TransitionForward {
                     transition,
@@ -381,45 +426,55 @@ impl AlgorithmHost for StageHost {
     fn backward(&self, model: ModelReference, gradients: Vec<TransitionGradient>) -> Verb<'_, ()> {
         Box::pin(async move {
             self.check_stop()?;
-            Self::only_policy(&model)?;
-            let (mut rows, mut derivatives) = (vec![], vec![]);
+            let trained = self.trained(&model)?;
+            let is_critic = matches!(trained, Trained::Critic);
+            let (mut rows, mut derivatives, mut d_values) = (vec![], vec![], vec![]);
             for gradient in gradients {
-                if !gradient.d_values.is_empty() {
-                    return Err(AlgorithmHostError::Unsupported("a value head".to_owned()));
-                }
                 let (row, sampled) = self.row_of(&gradient.transition)?;
-                if gradient.d_log_probs.len() != sampled {
-                    let (given, id) = (gradient.d_log_probs.len(), &gradient.transition);
-                    let problem = format!("`{id}` has {sampled} sampled tokens and {given} derivatives");
-                    return Err(AlgorithmHostError::InvalidArgument(problem));
+                let id = &gradient.transition;
+                let of_tokens = !gradient.d_log_probs.is_empty() || !gradient.d_entropies.is_empty();
+                if (is_critic && of_tokens) || !(is_critic || gradient.d_values.is_empty()) {
+                    let has = if is_critic { "values only" } else { "log-probs and entropies only" };
+                    return Err(AlgorithmHostError::InvalidArgument(format!("`{id}`: that model has {has}")));
                 }
-                let mut given = gradient.d_log_probs.into_iter();
-                let spread = row.mask.iter().map(|m| if *m { given.next().unwrap_or_default() } else { 0.0 }).collect();
+                let spread = |given: Vec<f32>| spread(id, given, &row.mask, sampled);
+                derivatives.push(RowDerivatives {
+                    log_probs: spread(gradient.d_log_probs)?,
+                    entropies: spread(gradient.d_entropies)?,
+                });
+                d_values.push(spread(gradient.d_values)?);
                 rows.push(row);
-                derivatives.push(spread);
             }
-            self.engine.backward(rows, derivatives).await.map_err(engine_error)
+            match trained {
+                Trained::Policy(engine) => engine.backward(rows, derivatives).await,
+                Trained::Critic => self.engine.values_backward(rows, d_values).await,
+            }
+            .map_err(engine_error)
         })
     }
 
     fn optimiser_step(&self, model: ModelReference, step: OptimiserStep) -> Verb<'_, OptimiserReport> {
         Box::pin(async move {
             self.check_stop()?;
-            Self::only_policy(&model)?;
-            self.engine.optimiser_step(step).await.map_err(engine_error)
+            match self.trained(&model)? {
+                Trained::Policy(engine) => engine.optimiser_step(step).await,
+                Trained::Critic => self.engine.critic_step(step).await,
+            }
+            .map_err(engine_error)
         })
     }
 
     fn snapshot(&self, model: ModelReference) -> Verb<'_, String> {
         Box::pin(async move {
-            Self::only_policy(&model)?;
+            let engine = self.language_model(&model, "snapshot")?;
             let name = {
                 let mut state = self.state();
                 state.snapshots += 1;
                 format!("snapshot-{}", state.snapshots)
             };
-            self.engine.snapshot(&name).await.map_err(engine_error)?;
-            Ok(name)
+            engine.snapshot(&name).await.map_err(engine_error)?;
+            // An adapter's snapshots are told apart by its name.
+            Ok(if let ModelReference::Named(adapter) = model { format!("{adapter}/{name}") } else { name })
         })
     }
 

@@ -193,7 +193,7 @@ async fn fresh_policy(
         vocab_size: local.tokenizer.vocab_size,
         atoms_pattern: local.tokenizer.atoms_pattern.clone(),
     };
-    let model = local.model.clone();
+    let model = local.engine();
     // Training a tokenizer and making weights are seconds of work that must not hold an async worker.
     let made = tokio::task::spawn_blocking(move || {
         let tokenizer = PolicyTokenizer::train(corpus.into_iter(), &settings)?;

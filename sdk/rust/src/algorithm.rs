@@ -24,6 +24,7 @@ pub mod models;
 pub mod policy;
 pub mod rollouts;
 mod sampling;
+pub mod schedule;
 pub mod templates;
 pub mod trajectories;
 

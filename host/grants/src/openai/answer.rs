@@ -129,6 +129,8 @@ fn not_trainable(tokens: Option<&TokenData>, asked: &Asked) -> Option<NotTrainab
         && sampling.top_p >= 1.0
         && sampling.top_k == 0
         && sampling.min_p <= 0.0
+        && sampling.repetition_penalty.to_bits() == 1.0_f32.to_bits()
+        && sampling.logit_bias.is_empty()
         && sampling.constraint.is_none();
     (!whole).then_some(NotTrainable::TruncatedSampling)
 }
@@ -163,6 +165,7 @@ fn tokens(answer: &Answer, choice: &Choice, usage: Usage) -> Option<TokenData> {
         processed_log_probs: vec![],
         // Weights of somebody else have no number here.
         policy_version: PolicyVersion(0),
+        token_versions: vec![],
     })
 }
 

@@ -48,20 +48,37 @@ pub(super) fn body(
     if named {
         set("logprobs", json!(true));
     }
+    let refused = |field: &str| {
+        let problem = format!("`{}`: this kind of server does not take `{field}`; leave it out", endpoint.section);
+        Err(LlmError::Unsupported(problem))
+    };
+    if !sampling.logit_bias.is_empty() {
+        let biases = sampling.logit_bias.iter().map(|entry| (entry.token.to_string(), number(entry.bias)));
+        set("logit_bias", Value::Object(biases.collect()));
+    }
+    if !sampling.stop_token_ids.is_empty() {
+        match endpoint.server {
+            ServerKind::Vllm | ServerKind::Sglang => drop(set("stop_token_ids", json!(sampling.stop_token_ids))),
+            ServerKind::Openai | ServerKind::LlamaCpp => return refused("stop_token_ids"),
+        }
+    }
     match endpoint.server {
+        ServerKind::Openai if sampling.repetition_penalty.to_bits() != 1.0_f32.to_bits() => {
+            return refused("repetition_penalty");
+        }
         ServerKind::Openai => {}
         ServerKind::Vllm => {
-            set("repetition_penalty", json!(1.0));
+            set("repetition_penalty", number(sampling.repetition_penalty));
             set("return_token_ids", json!(true));
         }
         ServerKind::Sglang => {
-            set("repetition_penalty", json!(1.0));
+            set("repetition_penalty", number(sampling.repetition_penalty));
             set("return_token_ids", json!(true));
             set("return_prompt_token_ids", json!(true));
             set("return_meta_info", json!(true));
         }
         ServerKind::LlamaCpp => {
-            set("repeat_penalty", json!(1.0));
+            set("repeat_penalty", number(sampling.repetition_penalty));
             // Without it every token comes with its 20 likeliest neighbours.
             set("top_logprobs", json!(1));
         }

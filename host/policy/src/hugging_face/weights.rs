@@ -82,9 +82,7 @@ impl Weights {
     pub(crate) fn open(dir: &Path) -> Result<Self, PolicyError> {
         let single = dir.join(SINGLE);
         if single.is_file() {
-            let shard = Shard::open(single)?;
-            let place = shard.metadata.offset_keys().into_iter().map(|name| (name, 0)).collect();
-            return Ok(Self { shards: vec![shard], place });
+            return Self::open_file(single);
         }
         let path = dir.join(INDEX);
         if path.is_file() {
@@ -94,6 +92,16 @@ impl Weights {
         let hint =
             if pickled { "; its pytorch_model.bin is not read: save it anew with safe_serialization=True" } else { "" };
         Err(PolicyError::model_file(dir, format!("it has neither {SINGLE} nor {INDEX}{hint}")))
+    }
+
+    /// Opens one safetensors file.
+    ///
+    /// # Errors
+    /// When it cannot be read or is damaged.
+    pub(crate) fn open_file(path: PathBuf) -> Result<Self, PolicyError> {
+        let shard = Shard::open(path)?;
+        let place = shard.metadata.offset_keys().into_iter().map(|name| (name, 0)).collect();
+        Ok(Self { shards: vec![shard], place })
     }
 
     fn open_shards(dir: &Path, path: &Path) -> Result<Self, PolicyError> {

@@ -298,14 +298,16 @@ pub fn forward(model: &Model, transitions: &[TransitionId]) -> Result<Vec<Forwar
         .collect())
 }
 
-/// Derivatives of the plugin's own loss, as long as the lists of [`Forward`].
+/// Derivatives of the plugin's own loss, as long as the lists of [`Forward`]; an empty list stands for zeros.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Gradient {
     /// Which transition.
     pub transition: TransitionId,
     /// d loss / d log-prob.
     pub d_log_probs: Vec<f32>,
-    /// d loss / d value; empty without a critic.
+    /// d loss / d entropy.
+    pub d_entropies: Vec<f32>,
+    /// d loss / d value; empty but for a critic.
     pub d_values: Vec<f32>,
 }
 
@@ -319,6 +321,7 @@ pub fn backward(model: &Model, gradients: &[Gradient]) -> Result<(), HostError> 
         .map(|gradient| wit::Gradient {
             transition_id: gradient.transition.0.clone(),
             d_log_probs: gradient.d_log_probs.clone(),
+            d_entropies: gradient.d_entropies.clone(),
             d_values: gradient.d_values.clone(),
         })
         .collect();
@@ -341,22 +344,6 @@ impl OptimiserStep {
     #[must_use]
     pub const fn new(learning_rate: f64) -> Self {
         Self { learning_rate, weight_decay: 0.0, gradient_norm_max: Some(1.0) }
-    }
-
-    /// Scales the step size of the first `warm_up_steps` steps up linearly; `step` counts from 0.
-    ///
-    /// ```
-    /// use fulgurite_sdk::algorithm::policy::OptimiserStep;
-    ///
-    /// let rates = [0, 1, 2, 3].map(|step| OptimiserStep::new(0.3).warm_up(step, 3).learning_rate);
-    /// assert!(rates.iter().zip([0.1, 0.2, 0.3, 0.3]).all(|(rate, expected)| (rate - expected).abs() < 1e-12));
-    /// ```
-    #[must_use]
-    pub fn warm_up(mut self, step: u64, warm_up_steps: u64) -> Self {
-        if step < warm_up_steps {
-            self.learning_rate *= (step + 1) as f64 / warm_up_steps as f64;
-        }
-        self
     }
 }
 

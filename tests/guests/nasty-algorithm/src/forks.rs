@@ -46,7 +46,12 @@ pub(crate) fn step() -> Result<(), AlgorithmError> {
     };
     refused("val", train(std::slice::from_ref(&estimate)))?;
     refused("val-among-train", train(&[good.clone(), vec![estimate.clone()]].concat()))?;
-    let gradient = Gradient { transition: estimate, d_log_probs: vec![0.5; drawn as usize], d_values: vec![] };
+    let gradient = Gradient {
+        transition: estimate,
+        d_log_probs: vec![0.5; drawn as usize],
+        d_entropies: vec![],
+        d_values: vec![],
+    };
     refused("val-backward", policy::backward(&Model::Policy, &[gradient]))?;
     refused("nothing-was-added", optimise())?;
     // The call that was played back is the ancestor's. There is none of that number in the fork.

@@ -1,6 +1,7 @@
 //! An algorithm that goes through every verb, and misbehaves on request.
 #![allow(clippy::panic, reason = "misbehaviour is the purpose")]
 
+mod critic;
 mod forks;
 
 use std::collections::hash_map::RandomState;
@@ -18,7 +19,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// `verbs`, `forks`, `loop`, `trap`, `wait`, `draw`, `huge-state` or nothing.
+    /// `verbs`, `forks`, `critic`, `loop`, `trap`, `wait`, `draw`, `huge-state` or nothing.
     pub behaviour: String,
     /// After how many steps it is done.
     pub steps: u64,
@@ -57,6 +58,7 @@ impl Algorithm for Nasty {
         match self.config.behaviour.as_str() {
             "verbs" => verbs()?,
             "forks" => forks::step()?,
+            "critic" => critic::step()?,
             "loop" => loop {
                 black_box(());
             },
