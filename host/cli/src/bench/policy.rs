@@ -98,7 +98,8 @@ impl Bench<'_> {
             figures.own.push(model.train(&batch, seconds).await?);
             figures.ask(self.baseline.as_mut(), &operation, model, seconds)?;
         }
-        self.report(&format!("train {} {rows}x{tokens}", model.shape.name), &figures, model)
+        self.report(&format!("train {} {rows}x{tokens}", model.shape.name), &figures, model);
+        Ok(())
     }
 
     async fn decode(&mut self, model: &BenchModel, calls: usize) -> Result<(), Failure> {
@@ -114,9 +115,9 @@ impl Bench<'_> {
             let operation = Operation::Generate { prompts: &prompts };
             generate.ask(self.baseline.as_mut(), &operation, model, seconds)?;
         }
-        self.report(&format!("decode {} batch {calls}", model.shape.name), &decode, model)?;
+        self.report(&format!("decode {} batch {calls}", model.shape.name), &decode, model);
         if self.baseline.is_some() {
-            self.report(&format!("generate {} batch {calls}", model.shape.name), &generate, model)?;
+            self.report(&format!("generate {} batch {calls}", model.shape.name), &generate, model);
         }
         Ok(())
     }
@@ -163,12 +164,13 @@ impl Bench<'_> {
         Ok(())
     }
 
-    fn report(&mut self, name: &str, figures: &Figures, model: &BenchModel) -> Result<(), Failure> {
+    fn report(&mut self, name: &str, figures: &Figures, model: &BenchModel) {
         let own = median(&figures.own);
         let modes: Vec<(&str, f64)> = figures.baseline.iter().map(|(mode, rates)| (*mode, median(rates))).collect();
         let best = modes.iter().map(|(_, rate)| *rate).fold(0.0, f64::max);
         let ratio = (best > 0.0).then(|| own / best);
-        let beside: String = modes.iter().map(|(mode, rate)| format!(", PyTorch {mode} {rate:.0}")).collect();
+        let beside: Vec<String> = modes.iter().map(|(mode, rate)| format!(", PyTorch {mode} {rate:.0}")).collect();
+        let beside = beside.concat();
         let ratio_text = ratio.map_or(String::new(), |ratio| format!(", ratio {ratio:.2}"));
         self.print(&format!("{name:<24} {own:>8.0} tokens/s{beside}{ratio_text}"));
         let modes: serde_json::Map<String, Value> =
@@ -180,7 +182,6 @@ impl Bench<'_> {
             "baseline_tokens_per_second": modes,
             "ratio": ratio,
         }));
-        Ok(())
     }
 
     /// Text goes to standard output when it is the result, and to standard error when JSON is.
