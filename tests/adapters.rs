@@ -24,7 +24,10 @@ fn rows(bench: &Bench, run: &str) -> Vec<Value> {
 #[test]
 fn a_run_with_adapters_repeats_and_keeps_no_copy_of_the_base() {
     let bench = with(LORA);
-    bench.replace("learning_rate = 3e-4", "learning_rate = 3e-4\nkl_coefficient = 0.01\nschedule = \"cosine\"");
+    bench.replace(
+        "learning_rate = 3e-4",
+        "learning_rate = 3e-4\nkl_coefficient = 0.01\nentropy_coefficient = 0.01\nschedule = \"cosine\"",
+    );
     for run in ["a", "b"] {
         bench.succeed(&["train", "run.toml", "--run", run]);
     }

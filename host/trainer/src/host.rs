@@ -244,9 +244,13 @@ impl StageHost {
 
     /// One row per transition, whole, with unit weights: for verbs that speak of transitions, not of losses.
     fn row_of(&self, id: &TransitionId) -> Result<(TrainingRow, usize), AlgorithmHostError> {
+        // A demonstration has no log-probs of a sampler; these verbs need none.
+        let is_demonstration =
+            |held: &Held| held.transition.tokens.as_ref().is_some_and(|tokens| tokens.log_probs.is_empty());
+        let is_demonstration = self.state().transitions.get(id).is_some_and(is_demonstration);
         let entry = BatchEntry {
             transition: id.clone(),
-            stream: Stream::Rl,
+            stream: if is_demonstration { Stream::Ce } else { Stream::Rl },
             scope: Scope::Sampled,
             weights: Weights::Scalar(1.0),
             group: None,
