@@ -400,6 +400,7 @@ mod tests {
         let own = Sampling { top_k: 5, ..Sampling::default() };
         let filled = own.or(&everything());
         assert_eq!(filled, Sampling { top_k: 5, ..everything() });
-        assert_eq!(everything().or(&Sampling { temperature: 9.0, top_p: 0.5, ..Sampling::default() }).temperature, 0.7);
+        let kept = everything().or(&Sampling { temperature: 9.0, top_p: 0.5, ..Sampling::default() });
+        assert_eq!(kept.temperature.to_bits(), 0.7_f32.to_bits());
     }
 }
