@@ -80,7 +80,7 @@ struct ConfigFile {
     attention_bias: bool,
     mlp_bias: bool,
     bos_token_id: Option<u32>,
-    eos_token_id: Option<u32>,
+    eos_token_id: Ends,
     torch_dtype: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     rope_scaling: Option<RopeScaling>,
@@ -93,8 +93,26 @@ struct ConfigFile {
     max_window_layers: Option<usize>,
 }
 
+/// `eos_token_id`: one id, or a list of them.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(untagged)]
+enum Ends {
+    One(Option<u32>),
+    Several(Vec<u32>),
+}
+
+impl Ends {
+    fn new(ids: &[u32]) -> Self {
+        match ids {
+            [] => Self::One(None),
+            [id] => Self::One(Some(*id)),
+            several => Self::Several(several.to_vec()),
+        }
+    }
+}
+
 impl ConfigFile {
-    fn new(shape: &ModelShape, end_token: u32) -> Result<Self, PolicyError> {
+    fn new(shape: &ModelShape, end_tokens: &[u32], torch_dtype: &str) -> Result<Self, PolicyError> {
         let architecture = shape.architecture()?;
         let windowed_qwen =
             matches!(architecture, Architecture::Qwen2 | Architecture::Qwen3).then_some(shape.sliding_window).flatten();
@@ -116,8 +134,8 @@ impl ConfigFile {
             attention_bias: shape.attention_bias,
             mlp_bias: false,
             bos_token_id: None,
-            eos_token_id: Some(end_token),
-            torch_dtype: "float32".to_owned(),
+            eos_token_id: Ends::new(end_tokens),
+            torch_dtype: torch_dtype.to_owned(),
             rope_scaling: (shape.rope_scaling != RopeScaling::None).then_some(shape.rope_scaling),
             sliding_window: shape.sliding_window,
             use_sliding_window: windowed_qwen.map(|_| true),
@@ -161,6 +179,11 @@ impl ConfigFile {
     }
 }
 
+/// Writes a model's `config.json`.
+pub(crate) fn write_config(dir: &Path, shape: &ModelShape, ends: &[u32], dtype: &str) -> Result<(), PolicyError> {
+    write_json(&dir.join(CONFIG), &ConfigFile::new(shape, ends, dtype)?)
+}
+
 /// Writes a file and synchronises it with the disk.
 pub(crate) fn write_file(path: &Path, bytes: &[u8]) -> Result<(), PolicyError> {
     let write = || -> std::io::Result<()> {
@@ -175,7 +198,7 @@ fn broken(path: &Path, reason: impl std::fmt::Display) -> PolicyError {
     PolicyError::Checkpoint { path: path.to_owned(), reason: reason.to_string() }
 }
 
-fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), PolicyError> {
+pub(crate) fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), PolicyError> {
     let mut text = serde_json::to_vec_pretty(value).map_err(|error| broken(path, error))?;
     text.push(b'\n');
     write_file(path, &text)
@@ -236,7 +259,7 @@ fn snapshot_file(index: usize) -> String {
 }
 
 /// Writes a checkpoint into `dir`, which is made when it does not exist.
-pub(crate) fn save(dir: &Path, view: &CheckpointView<'_>, end_token: u32) -> Result<(), PolicyError> {
+pub(crate) fn save(dir: &Path, view: &CheckpointView<'_>, end_tokens: &[u32]) -> Result<(), PolicyError> {
     std::fs::create_dir_all(dir).map_err(PolicyError::io(dir))?;
     let specs = &view.parameters.specs;
     write_tensors(&dir.join(MODEL), specs, &[("", &view.parameters.values)])?;
@@ -248,7 +271,7 @@ pub(crate) fn save(dir: &Path, view: &CheckpointView<'_>, end_token: u32) -> Res
     for (index, (_, snapshot)) in view.snapshots.iter().enumerate() {
         write_tensors(&dir.join(snapshot_file(index)), specs, &[("", &snapshot.values)])?;
     }
-    let config = ConfigFile::new(&view.parameters.shape, end_token)?;
+    let config = ConfigFile::new(&view.parameters.shape, end_tokens, "float32")?;
     write_json(&dir.join(CONFIG), &config)?;
     let state = StateFile {
         format: FORMAT,
@@ -306,7 +329,7 @@ mod tests {
     #[test]
     fn every_architecture_comes_back_and_a_plain_one_has_no_new_fields() {
         let plain = PolicyConfig::default().shape(300).unwrap();
-        let text = serde_json::to_string(&ConfigFile::new(&plain, 1).unwrap()).unwrap();
+        let text = serde_json::to_string(&ConfigFile::new(&plain, &[1], "float32").unwrap()).unwrap();
         assert!(text.ends_with(r#""torch_dtype":"float32"}"#), "what was written before is written still: {text}");
         let scaling =
             RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_context: 8_192 };
@@ -318,7 +341,7 @@ mod tests {
             plain,
         ];
         for shape in shapes {
-            let text = serde_json::to_string(&ConfigFile::new(&shape, 1).unwrap()).unwrap();
+            let text = serde_json::to_string(&ConfigFile::new(&shape, &[1], "float32").unwrap()).unwrap();
             assert_eq!(serde_json::from_str::<ConfigFile>(&text).unwrap().shape().unwrap(), shape, "{text}");
         }
     }

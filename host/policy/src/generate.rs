@@ -403,7 +403,7 @@ impl Active {
         self.completion.push(drawn.token);
         self.log_probs.push(drawn.log_prob);
         self.processed_log_probs.push(drawn.processed_log_prob);
-        if drawn.token == tokenizer.end() {
+        if tokenizer.is_end(drawn.token) {
             return Some((FinishReason::Stop, None));
         }
         let sampling = &self.request.sampling;

@@ -57,7 +57,10 @@ pub use config::{PolicyConfig, Preset};
 pub use device::{DeviceFinding, PolicyDevice};
 pub use engine::{EncodedDemonstration, EngineStatistics, PolicyEngine};
 pub use error::PolicyError;
-pub use hugging_face::{Conversation, MemoryPlan, ModelDescription, ModelFolder, PlanOptions};
+pub use hugging_face::{
+    Conversation, ExportOptions, Exported, FileType, MemoryPlan, ModelDescription, ModelFolder, PlanOptions, Written,
+    export_checkpoint, import_folder, new_folder,
+};
 pub use inference::{CrossEntropy, Greedy, Inference};
 pub use shape::{Architecture, ModelShape, RopeScaling};
 pub use tokenizer::{PolicyTokenizer, TokenizerConfig};

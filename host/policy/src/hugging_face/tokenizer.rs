@@ -7,11 +7,12 @@ use tokenizers::{AddedToken, Tokenizer};
 
 use super::chat::field;
 use crate::error::PolicyError;
+use crate::tokenizer::byte_alphabet;
 
 /// The tokenizer of a folder.
 #[derive(Debug)]
 pub(crate) struct FolderTokenizer {
-    tokenizer: Tokenizer,
+    pub(super) tokenizer: Tokenizer,
 }
 
 impl FolderTokenizer {
@@ -45,6 +46,47 @@ impl FolderTokenizer {
     /// Text of ids, added tokens included.
     pub(crate) fn decode(&self, ids: &[u32]) -> String {
         self.tokenizer.decode(ids, false).unwrap_or_default()
+    }
+
+    /// Bytes of every id: what it adds to a text. Empty where no token has the id.
+    ///
+    /// # Errors
+    /// When the decoder is of a kind whose tokens are not texts by themselves.
+    pub(crate) fn bytes(&self, path: &Path) -> Result<Vec<Vec<u8>>, PolicyError> {
+        let decoder = serde_json::to_string(&self.tokenizer.get_decoder()).unwrap_or_default();
+        let byte_of = byte_alphabet();
+        // Byte-level BPE writes every byte as a character of its own; SentencePiece writes spaces as U+2581 and bytes that
+        // no token has as `<0x..>`.
+        let spelled: Box<dyn Fn(&str) -> Vec<u8>> = if decoder.contains("\"ByteLevel\"") {
+            Box::new(move |token| {
+                let bytes = token.chars().map(|c| byte_of.get(&c).copied()).collect::<Option<Vec<u8>>>();
+                bytes.unwrap_or_else(|| token.as_bytes().to_vec())
+            })
+        } else if decoder.contains("\"ByteFallback\"") || decoder.contains("\"Metaspace\"") {
+            Box::new(|token| {
+                let byte = token.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
+                match byte.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
+                    Some(byte) => vec![byte],
+                    None => token.replace('\u{2581}', " ").into_bytes(),
+                }
+            })
+        } else {
+            let reason = "`decoder` is of an unknown kind: supported are ByteLevel, and Metaspace or ByteFallback";
+            return Err(PolicyError::model_file(path.join("tokenizer.json"), reason));
+        };
+        let added = self.tokenizer.get_added_tokens_decoder();
+        let mut all = vec![Vec::new(); self.vocabulary()];
+        for (token, id) in self.tokenizer.get_vocab(false) {
+            if let Some(bytes) = all.get_mut(id as usize) {
+                *bytes = spelled(&token);
+            }
+        }
+        for (id, token) in added {
+            if let Some(bytes) = all.get_mut(id as usize) {
+                *bytes = token.content.into_bytes();
+            }
+        }
+        Ok(all)
     }
 
     /// Ids that it can make: one more than the largest.
