@@ -153,9 +153,9 @@ impl FolderDialect {
             let Some(drawn) = recorded(message) else { continue };
             let Ok(turn) = self.turn(&conversation, &whole, at) else { continue };
             let ended = drawn.last().is_some_and(|id| self.ends.contains(id));
-            let text = || plain(whole.get(turn.start..turn.text_end).unwrap_or_default());
-            if turn.start < written || !(turn.as_last || text().trim() == self.spelled(tokenizer, drawn, ended).trim())
-            {
+            let rendered = || plain(whole.get(turn.start..turn.text_end).unwrap_or_default());
+            let repeats = || self.means_the_same(&rendered(), &self.spelled(tokenizer, drawn, ended));
+            if turn.start < written || !(turn.as_last || repeats()) {
                 continue;
             }
             encode(tokenizer, whole.get(written..turn.start).unwrap_or_default(), &mut ids)?;
@@ -222,6 +222,17 @@ impl FolderDialect {
         let found = self.end_texts.iter().filter_map(|end| rest.find(end).map(|from| (from, from + end.len())));
         let (text_end, end) = place(found.min()).ok_or("the template writes no token that ends it")?;
         Ok(Turn { start, text_end, end, as_last: false })
+    }
+
+    /// Whether two answers differ in white space at most, also inside of their calls.
+    fn means_the_same(&self, a: &str, b: &str) -> bool {
+        let read = |answer: &str| {
+            let (text, calls) = self.calls.parse(answer, 0);
+            let arguments = |call: &ToolCall| serde_json::from_str::<Value>(&call.arguments).ok();
+            let calls: Vec<_> = calls.into_iter().map(|call| (arguments(&call), call.name)).collect();
+            (text.trim().to_owned(), calls)
+        };
+        read(a) == read(b)
     }
 
     /// What drawn ids say, without the end token.

@@ -186,6 +186,37 @@ fn where_a_template_forgets_thoughts_the_conversation_is_encoded_anew() {
     assert!(prompt(&tokenizer, &later, &recorded).starts_with(&[call, drawn.clone()].concat()));
 }
 
+/// As the real Qwen3 does: only an answer that stands last gets an empty thought, so that one that was drawn without any is
+/// never rendered as it is when it stands last.
+#[test]
+fn an_empty_thought_of_the_last_answer_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"] {
+        std::fs::copy(path("qwen2").join(name), dir.path().join(name)).unwrap();
+    }
+    let template = "{%- for m in messages -%}{{ '<|im_start|>' ~ m.role ~ '\n' }}\
+        {%- if m.role == 'assistant' and loop.last -%}{{ '<think>\n\n</think>\n\n' }}{%- endif -%}{{ m.content }}\
+        {%- for c in m.tool_calls or [] -%}{{ '<tool_call>\n' ~ (c.function | tojson) ~ '\n</tool_call>' }}{%- endfor -%}\
+        {{ '<|im_end|>\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}";
+    std::fs::write(dir.path().join("chat_template.jinja"), template).unwrap();
+    let tokenizer = PolicyTokenizer::of_folder(dir.path()).unwrap();
+    for (drawn, follows) in [
+        ("<tool_call>{\"name\":\"f\",\"arguments\":{\"b\":1,   \"a\":2}}</tool_call>", Role::Tool),
+        ("R07 ", Role::User),
+    ] {
+        let drawn = ended(&tokenizer, letters(&tokenizer, drawn), "<|im_end|>");
+        let (text, tool_calls) = tokenizer.parse_completion(&drawn, 0);
+        let mut answer = assistant(&text);
+        answer.tool_calls = tool_calls;
+        let messages = [user("u"), answer, Message::text(follows, "21")];
+        let begun = [prompt(&tokenizer, &messages[..1], &[]), drawn.clone()].concat();
+        assert!(prompt(&tokenizer, &messages, &[&drawn]).starts_with(&begun));
+        // Another answer than the recorded one is not taken for it.
+        let other = [user("u"), assistant("else"), Message::text(follows, "21")];
+        assert_eq!(prompt(&tokenizer, &other, &[&drawn]), prompt(&tokenizer, &other, &[]));
+    }
+}
+
 #[test]
 fn of_a_demonstration_the_assistant_writes_its_content_and_the_end() {
     for name in FIXTURES {
