@@ -6,6 +6,7 @@
 //! A file is fetched in ranges into `NAME.part`, so that what has come stays when a connection breaks or the program ends;
 //! it gets its name when size and hash are those that the hub has told.
 
+use std::fmt::Write as _;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
@@ -277,7 +278,11 @@ fn check(file: &HubFile, path: &Path) -> anyhow::Result<()> {
         }
         hash.update(buffer.get(..count).unwrap_or_default());
     }
-    let found: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    let mut found = String::new();
+    for byte in hash.finalize() {
+        // Writing to a string cannot fail.
+        let _ = write!(found, "{byte:02x}");
+    }
     if !told.eq_ignore_ascii_case(&found) {
         bail!("its SHA-256 is {found} and the hub tells of {told}");
     }

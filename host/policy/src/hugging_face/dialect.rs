@@ -116,7 +116,11 @@ impl FolderDialect {
     }
 
     pub(crate) fn hash(&self) -> ContentHash {
-        let text: String = self.files.iter().map(|(name, text)| format!("{name}\0{text}\0")).collect();
+        let mut text = String::new();
+        for part in self.files.iter().flat_map(|(name, text)| [name, text]) {
+            text.push_str(part);
+            text.push('\0');
+        }
         ContentHash::of(text.as_bytes())
     }
 
