@@ -71,7 +71,7 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: StoreCommand,
     },
-    /// Look at models: Hugging Face folders with Llama, Mistral, Qwen2 or Qwen3.
+    /// Look at models and make them: Hugging Face folders with Llama, Mistral, Qwen2 or Qwen3.
     Policy {
         #[command(subcommand)]
         command: PolicyCommand,
@@ -122,7 +122,7 @@ pub(crate) struct TrainArguments {
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Which policy answers is said by the config: [policy.local] with its random weights or those of --policy,
+Which policy answers is said by the config: [policy.local] with its first weights or those of --policy,
 [policy.endpoint] with the model of a server, or [policy.scripted] with replies that are written down.
 
 Example:

@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use fulgurite_policy::PolicyError;
 use fulgurite_trainer::config::ConfigError;
 use fulgurite_trainer::{EndpointCheckError, TrainError};
 use miette::{LabeledSpan, MietteDiagnostic, NamedSource, Report};
@@ -86,6 +87,9 @@ impl From<TrainError> for Failure {
             | TrainError::RunExists { .. }
             | TrainError::NothingToResume { .. }
             | TrainError::ConfigChanged { .. }
+            | TrainError::PolicyChanged { .. }
+            | TrainError::NoWeights { .. }
+            | TrainError::Policy(PolicyError::ModelFile { .. })
             | TrainError::MissingSplit { .. } => CODE_USAGE,
             TrainError::Stopped | TrainError::Drained { .. } => CODE_INTERRUPTED,
             _ => CODE_FAILED,

@@ -16,6 +16,14 @@ pub(crate) fn cache() -> Option<PathBuf> {
     Some(base.join("fulgurite").join("components"))
 }
 
+/// Folder of models that were downloaded: `models` of `$FULGURITE_CACHE_DIR`, else of the user's cache folder.
+pub(crate) fn models() -> Option<PathBuf> {
+    if let Some(folder) = std::env::var_os("FULGURITE_CACHE_DIR").filter(|folder| !folder.is_empty()) {
+        return Some(PathBuf::from(folder).join("models"));
+    }
+    Some(cache()?.with_file_name("models"))
+}
+
 /// The run that is meant: the one given, or the newest under `runs/`.
 pub(crate) fn existing_run(given: Option<&Path>) -> Result<PathBuf, Failure> {
     let run = match given {

@@ -1,6 +1,9 @@
-//! `fulgurite policy`: what a folder with a model holds, takes and answers.
+//! `fulgurite policy`: what a folder with a model holds, takes and answers, and how such folders are made.
 
 pub(crate) mod arguments;
+mod hub;
+mod pull;
+mod write;
 
 use std::path::Path;
 
@@ -24,6 +27,10 @@ pub(crate) fn execute(command: &PolicyCommand) -> Result<(), Failure> {
     match command {
         PolicyCommand::Info(arguments) => info(arguments),
         PolicyCommand::Logits(arguments) => logits(arguments),
+        PolicyCommand::Pull(arguments) => pull::pull(arguments),
+        PolicyCommand::Import(arguments) => write::import(arguments),
+        PolicyCommand::Init(arguments) => write::init(arguments),
+        PolicyCommand::Export(arguments) => write::export(arguments),
     }
 }
 

@@ -34,7 +34,7 @@ pub(crate) fn of_run(result: &RunResult, colours: bool) -> String {
 
 fn row(report: &StageReport) -> String {
     let label = match report.kind.as_str() {
-        "initial" => "random weights".to_owned(),
+        "initial" => "before training".to_owned(),
         "stage" => format!("after {}", report.name),
         kind => format!("{kind} {}", report.name),
     };

@@ -156,7 +156,7 @@ impl Call {
         {
             self.seen.insert(at, drawn.token);
         }
-        if drawn.token == tokenizer.end() {
+        if tokenizer.is_end(drawn.token) {
             return Some(End::Model);
         }
         if sampling.stop_token_ids.contains(&drawn.token) {

@@ -155,7 +155,7 @@ struct ConfigFile {
     attention_bias: bool,
     mlp_bias: bool,
     bos_token_id: Option<u32>,
-    eos_token_id: Option<u32>,
+    eos_token_id: Ends,
     torch_dtype: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     rope_scaling: Option<RopeScaling>,
@@ -168,8 +168,26 @@ struct ConfigFile {
     max_window_layers: Option<usize>,
 }
 
+/// `eos_token_id`: one id, or a list of them.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(untagged)]
+enum Ends {
+    One(Option<u32>),
+    Several(Vec<u32>),
+}
+
+impl Ends {
+    fn new(ids: &[u32]) -> Self {
+        match ids {
+            [] => Self::One(None),
+            [id] => Self::One(Some(*id)),
+            several => Self::Several(several.to_vec()),
+        }
+    }
+}
+
 impl ConfigFile {
-    fn new(shape: &ModelShape, end_token: u32) -> Result<Self, PolicyError> {
+    fn new(shape: &ModelShape, end_tokens: &[u32], torch_dtype: &str) -> Result<Self, PolicyError> {
         let architecture = shape.architecture()?;
         let windowed_qwen =
             matches!(architecture, Architecture::Qwen2 | Architecture::Qwen3).then_some(shape.sliding_window).flatten();
@@ -191,8 +209,8 @@ impl ConfigFile {
             attention_bias: shape.attention_bias,
             mlp_bias: false,
             bos_token_id: None,
-            eos_token_id: Some(end_token),
-            torch_dtype: "float32".to_owned(),
+            eos_token_id: Ends::new(end_tokens),
+            torch_dtype: torch_dtype.to_owned(),
             rope_scaling: (shape.rope_scaling != RopeScaling::None).then_some(shape.rope_scaling),
             sliding_window: shape.sliding_window,
             use_sliding_window: windowed_qwen.map(|_| true),
@@ -234,6 +252,11 @@ impl ConfigFile {
             Err(error) => Err(error.to_string()),
         }
     }
+}
+
+/// Writes a model's `config.json`.
+pub(crate) fn write_config(dir: &Path, shape: &ModelShape, ends: &[u32], dtype: &str) -> Result<(), PolicyError> {
+    write_json(&dir.join(CONFIG), &ConfigFile::new(shape, ends, dtype)?)
 }
 
 /// Writes a file and synchronises it with the disk.
@@ -333,10 +356,10 @@ fn synchronise(dir: &Path) -> Result<(), PolicyError> {
 }
 
 /// Writes a plain model into `dir`, which is made when it does not exist.
-pub(crate) fn save_model(dir: &Path, model: &Parameters, end_token: u32) -> Result<(), PolicyError> {
+pub(crate) fn save_model(dir: &Path, model: &Parameters, end_tokens: &[u32]) -> Result<(), PolicyError> {
     std::fs::create_dir_all(dir).map_err(PolicyError::io(dir))?;
     write_tensors(&dir.join(MODEL), &model.specs, &[("", &model.values)])?;
-    write_json(&dir.join(CONFIG), &ConfigFile::new(&model.shape, end_token)?)
+    write_json(&dir.join(CONFIG), &ConfigFile::new(&model.shape, end_tokens, "float32")?)
 }
 
 /// Writes a checkpoint into `dir`, which is made when it does not exist: a plain model, or adapters on a ground that is not
@@ -345,11 +368,11 @@ pub(crate) fn save(
     dir: &Path,
     checkpoint: &CheckpointView<'_>,
     ground: Option<Ground<'_>>,
-    end_token: u32,
+    end_tokens: &[u32],
 ) -> Result<(), PolicyError> {
     let policy = checkpoint.policy;
     let Some(ground) = ground else {
-        save_model(dir, policy.parameters, end_token)?;
+        save_model(dir, policy.parameters, end_tokens)?;
         return save_rest(dir, checkpoint, None);
     };
     peft::save(dir, ground.layout, policy.parameters)?;
@@ -478,7 +501,7 @@ mod tests {
     #[test]
     fn every_architecture_comes_back_and_a_plain_one_has_no_new_fields() {
         let plain = PolicyConfig::default().shape(300).unwrap();
-        let text = serde_json::to_string(&ConfigFile::new(&plain, 1).unwrap()).unwrap();
+        let text = serde_json::to_string(&ConfigFile::new(&plain, &[1], "float32").unwrap()).unwrap();
         assert!(text.ends_with(r#""torch_dtype":"float32"}"#), "what was written before is written still: {text}");
         let scaling =
             RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_context: 8_192 };
@@ -490,7 +513,7 @@ mod tests {
             plain,
         ];
         for shape in shapes {
-            let text = serde_json::to_string(&ConfigFile::new(&shape, 1).unwrap()).unwrap();
+            let text = serde_json::to_string(&ConfigFile::new(&shape, &[1], "float32").unwrap()).unwrap();
             assert_eq!(serde_json::from_str::<ConfigFile>(&text).unwrap().shape().unwrap(), shape, "{text}");
         }
     }

@@ -1,5 +1,7 @@
 //! The policy's config, from which a new model's [shape](ModelShape) follows.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 use crate::device::PolicyDevice;
@@ -15,6 +17,31 @@ pub enum Preset {
     /// context of 128 tokens. Trains on one CPU core at some 20,000 tokens a second.
     #[default]
     Tiny,
+    /// About 12 million parameters with a vocabulary of 2,048: width 384, 6 layers of 6 heads, feed-forward width 1,024,
+    /// context of 512 tokens.
+    Small,
+    /// About 100 million parameters with a vocabulary of 8,192: width 768, 12 layers of 12 heads, feed-forward width 2,304,
+    /// context of 1,024 tokens.
+    Base,
+}
+
+/// What a preset stands for.
+struct Sizes {
+    d_model: usize,
+    layers: usize,
+    heads: usize,
+    d_ff: usize,
+    context_tokens_max: usize,
+}
+
+impl Preset {
+    const fn sizes(self) -> Sizes {
+        match self {
+            Self::Tiny => Sizes { d_model: 128, layers: 4, heads: 4, d_ff: 352, context_tokens_max: 128 },
+            Self::Small => Sizes { d_model: 384, layers: 6, heads: 6, d_ff: 1_024, context_tokens_max: 512 },
+            Self::Base => Sizes { d_model: 768, layers: 12, heads: 12, d_ff: 2_304, context_tokens_max: 1_024 },
+        }
+    }
 }
 
 /// `[policy.local.critic]`: a value model beside the policy, with a trunk and moments of its own. It is made when an algorithm
@@ -27,8 +54,13 @@ pub struct CriticConfig {}
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PolicyConfig {
-    /// Where sizes come from. `tiny`.
-    pub preset: Preset,
+    /// A Hugging Face folder that weights, sizes and tokenizer come from. Of the other fields only the device and the limits
+    /// count then, and `context_tokens_max`, which may be less than the model's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub directory: Option<PathBuf>,
+    /// Where the sizes of a model with random weights come from. `tiny`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub preset: Option<Preset>,
     /// What runs training: `auto`, `cpu` (this crate's kernels), `cuda`, `cuda:N`, `wgpu`, `wgpu:N` or `flex` (burn on the CPU). `cpu`.
     pub device: PolicyDevice,
     /// Width of the residual stream; a multiple of `heads`.
@@ -88,7 +120,8 @@ pub struct PolicyConfig {
 impl Default for PolicyConfig {
     fn default() -> Self {
         Self {
-            preset: Preset::Tiny,
+            directory: None,
+            preset: None,
             device: PolicyDevice::Cpu,
             d_model: None,
             layers: None,
@@ -125,18 +158,18 @@ impl PolicyConfig {
     /// # Errors
     /// When a size does not fit the others.
     pub fn shape(&self, vocabulary: usize) -> Result<ModelShape, PolicyError> {
-        let Preset::Tiny = self.preset;
-        let heads = self.heads.unwrap_or(4);
-        let d_model = self.d_model.unwrap_or(128);
+        let sizes = self.preset.unwrap_or_default().sizes();
+        let heads = self.heads.unwrap_or(sizes.heads);
+        let d_model = self.d_model.unwrap_or(sizes.d_model);
         let shape = ModelShape {
             d_model,
-            layers: self.layers.unwrap_or(4),
+            layers: self.layers.unwrap_or(sizes.layers),
             heads,
             kv_heads: self.kv_heads.unwrap_or(heads),
             head_dim: Self::head_dim(d_model, heads)?,
-            d_ff: self.d_ff.unwrap_or(352),
+            d_ff: self.d_ff.unwrap_or(sizes.d_ff),
             vocabulary,
-            context_tokens_max: self.context_tokens_max.unwrap_or(128),
+            context_tokens_max: self.context_tokens_max.unwrap_or(sizes.context_tokens_max),
             rope_theta: self.rope_theta.unwrap_or(10_000.0),
             rms_norm_epsilon: self.rms_norm_epsilon.unwrap_or(1e-5),
             tie_embeddings: self.tie_embeddings.unwrap_or(false),
@@ -171,6 +204,24 @@ impl PolicyConfig {
         Ok(shape)
     }
 
+    /// The first field beside `directory` that says something about a model with random weights.
+    #[must_use]
+    pub fn field_against_directory(&self) -> Option<&'static str> {
+        let fields = [
+            ("preset", self.preset.is_some()),
+            ("d_model", self.d_model.is_some()),
+            ("layers", self.layers.is_some()),
+            ("heads", self.heads.is_some()),
+            ("kv_heads", self.kv_heads.is_some()),
+            ("d_ff", self.d_ff.is_some()),
+            ("rope_theta", self.rope_theta.is_some()),
+            ("rms_norm_epsilon", self.rms_norm_epsilon.is_some()),
+            ("tie_embeddings", self.tie_embeddings.is_some()),
+        ];
+        self.directory.as_ref()?;
+        fields.into_iter().find(|(_, given)| *given).map(|(field, _)| field)
+    }
+
     /// Width of a head when all heads together are as wide as the residual stream.
     fn head_dim(d_model: usize, heads: usize) -> Result<usize, PolicyError> {
         if heads == 0 || !d_model.is_multiple_of(heads) {
@@ -199,6 +250,15 @@ mod tests {
             (shape.d_model, shape.layers, shape.heads, shape.d_ff, shape.context_tokens_max),
             (128, 4, 4, 352, 128)
         );
+    }
+
+    #[test]
+    fn presets_have_the_sizes_they_say() {
+        let count = |preset, vocabulary| {
+            let config = PolicyConfig { preset: Some(preset), ..PolicyConfig::default() };
+            config.shape(vocabulary).unwrap().parameter_count() / 100_000
+        };
+        assert_eq!([count(Preset::Tiny, 512), count(Preset::Small, 2_048), count(Preset::Base, 8_192)], [9, 121, 1046]);
     }
 
     #[test]

@@ -79,13 +79,16 @@ impl Grammars {
     pub(crate) fn new(tokenizer: &PolicyTokenizer) -> Result<Self, LlmError> {
         let failed = |error: &dyn std::fmt::Display| LlmError::Unavailable(format!("no grammar can be made: {error}"));
         let ids = u32::try_from(tokenizer.vocabulary()).map_err(|error| failed(&error))?;
+        let control = tokenizer.control_ids();
         let words: Vec<Vec<u8>> = (0..ids)
             .map(|id| {
                 let bytes = tokenizer.bytes(id);
-                if tokenizer.is_control(id) { [&[CONTROL_MARK], bytes].concat() } else { bytes.to_vec() }
+                if control.contains(&id) { [&[CONTROL_MARK], bytes].concat() } else { bytes.to_vec() }
             })
             .collect();
-        let trie = TokTrie::from(&TokRxInfo::new(ids, tokenizer.end()), &words);
+        // A grammar knows one end. Where a model has several, a constrained completion ends with the first.
+        let end = *tokenizer.ends().first().ok_or_else(|| failed(&"the tokenizer has no end token"))?;
+        let trie = TokTrie::from(&TokRxInfo::new(ids, end), &words);
         let environment: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
         let mut factory =
             ParserFactory::new(&environment, InferenceCapabilities::default(), &[]).map_err(|error| failed(&error))?;
@@ -195,7 +198,7 @@ mod tests {
                 let mut progress = grammars.start(&Constraint::Regex(format!("a{{{}}}", n + 1))).unwrap();
                 let mask = progress.mask().unwrap();
                 let [a] = *tokenizer.encode("a").unwrap() else { panic!() };
-                assert!(mask.allows(a) && !mask.allows(tokenizer.end()) && !mask.allows(1_000_000));
+                assert!(mask.allows(a) && !mask.allows(tokenizer.ends()[0]) && !mask.allows(1_000_000));
                 assert_eq!(progress.advance(a).unwrap(), n == 0, "{round}");
             }
             assert_eq!(grammars.compiled.lock().unwrap().len(), GRAMMARS_MAX);

@@ -297,25 +297,22 @@ impl PolicyEngine {
     /// its end token.
     ///
     /// # Errors
-    /// When it is empty or does not fit the context, or a tool call's arguments are not JSON.
+    /// When it is empty or does not fit the context, a tool call's arguments are not JSON, or a folder's template does not let
+    /// one tell what the model writes of it.
     pub fn encode_demonstration(
         &self,
         messages: &[Message],
         trainable: &[Role],
     ) -> Result<EncodedDemonstration, PolicyError> {
-        let chat = self.inner.tokenizer.encode_chat(messages, &[], false, |_| None)?;
-        if chat.ids.is_empty() {
+        let (ids, mask) = self.inner.tokenizer.encode_demonstration(messages, trainable)?;
+        if ids.is_empty() {
             return Err(PolicyError::InvalidBatch("the demonstration has no tokens".to_owned()));
         }
-        if chat.ids.len() > self.context_tokens_max() {
-            let (tokens, context_tokens_max) = (chat.ids.len(), self.context_tokens_max());
+        if ids.len() > self.context_tokens_max() {
+            let (tokens, context_tokens_max) = (ids.len(), self.context_tokens_max());
             return Err(PolicyError::DemonstrationTooLong { tokens, context_tokens_max });
         }
-        let is_trained = |author: &Option<usize>| {
-            author.and_then(|at| messages.get(at)).is_some_and(|message| trainable.contains(&message.role))
-        };
-        let mask = chat.author.iter().map(is_trained).collect();
-        Ok(EncodedDemonstration { ids: chat.ids, mask })
+        Ok(EncodedDemonstration { ids, mask })
     }
 
     /// Adds the gradient of a loss over a whole optimiser batch to what has been gathered since the last step.

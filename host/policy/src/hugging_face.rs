@@ -4,8 +4,13 @@
 //! planned, before any of it is taken. What transformers computes of a folder is the measure; `tests/parity` holds small
 //! folders with what it says.
 
+mod calls;
 mod chat;
 mod config;
+pub(crate) mod dialect;
+mod export;
+mod guard;
+mod own;
 mod plan;
 mod python;
 mod tokenizer;
@@ -18,12 +23,15 @@ use fulgurite_core::llm::{Message, ToolSpec};
 use jiff::Zoned;
 use serde_json::{Map, Value};
 
-use crate::config::PolicyConfig;
+use crate::config::{PolicyConfig, invalid};
+use crate::engine::PolicyEngine;
 use crate::error::PolicyError;
 use crate::inference::Inference;
+use crate::tokenizer::PolicyTokenizer;
 
 use self::chat::FolderTemplate;
 pub use self::config::ModelDescription;
+pub use self::export::{ExportOptions, Exported, FileType, Written, export_checkpoint, import_folder, new_folder};
 pub use self::plan::{MemoryPlan, PlanOptions};
 use self::tokenizer::FolderTokenizer;
 pub(crate) use self::weights::Weights;
@@ -159,6 +167,26 @@ impl ModelFolder {
     pub fn inference(&self, config: &PolicyConfig) -> Result<Inference, PolicyError> {
         let shape = &self.description.shape;
         Inference::from_tensors(config, shape, &self.weights.sizes(), |name| self.weights.read(name))
+    }
+
+    /// A policy that starts from these weights and speaks this folder's dialect. Of `config` the device and the limits count, and
+    /// `context_tokens_max`, which makes the context shorter than the model's.
+    ///
+    /// # Errors
+    /// When the folder cannot hold conversations, a file has become unreadable, a limit does not fit, or a thread cannot be
+    /// started.
+    pub fn engine(&self, config: &PolicyConfig) -> Result<PolicyEngine, PolicyError> {
+        let mut shape = self.description.shape.clone();
+        if let Some(tokens) = config.context_tokens_max {
+            if tokens > shape.context_tokens_max {
+                let reason =
+                    format!("the context of the model in `{}` holds {}", self.path.display(), shape.context_tokens_max);
+                return Err(invalid("context_tokens_max", tokens, &reason));
+            }
+            shape.context_tokens_max = tokens;
+        }
+        let tokenizer = PolicyTokenizer::of_folder(&self.path)?;
+        PolicyEngine::from_tensors(config, tokenizer, &shape, &self.weights.sizes(), |name| self.weights.read(name))
     }
 
     /// The text of a conversation as `apply_chat_template` renders it. A template that asks for the date gets today's.

@@ -73,7 +73,10 @@ pub use config::{CriticConfig, PolicyConfig, Preset};
 pub use device::{DeviceFinding, PolicyDevice};
 pub use engine::{EncodedDemonstration, EngineStatistics, PolicyEngine};
 pub use error::PolicyError;
-pub use hugging_face::{Conversation, MemoryPlan, ModelDescription, ModelFolder, PlanOptions};
+pub use hugging_face::{
+    Conversation, ExportOptions, Exported, FileType, MemoryPlan, ModelDescription, ModelFolder, PlanOptions, Written,
+    export_checkpoint, import_folder, new_folder,
+};
 pub use inference::{CrossEntropy, Greedy, Inference};
 pub use lora::{LoraConfig, LoraTarget};
 pub use shape::{Architecture, ModelShape, RopeScaling};

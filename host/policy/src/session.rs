@@ -158,19 +158,20 @@ impl Session {
             return Err(exceeded(tokens_at_least));
         }
         let history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
-        let chat = self.tokenizer.encode_chat(messages, tools, true, |message| recorded(&history, message)).map_err(
-            |error| match error {
-                PolicyError::Template(text) => LlmError::InvalidRequest(text),
-                other => LlmError::Unavailable(other.to_string()),
-            },
-        )?;
-        if chat.ids.is_empty() {
+        let ids =
+            self.tokenizer.encode_prompt(messages, tools, |message| recorded(&history, message)).map_err(|error| {
+                match error {
+                    PolicyError::Template(text) => LlmError::InvalidRequest(text),
+                    other => LlmError::Unavailable(other.to_string()),
+                }
+            })?;
+        if ids.is_empty() {
             return Err(LlmError::InvalidRequest("the prompt has no tokens".to_owned()));
         }
-        if chat.ids.len() >= context {
-            return Err(exceeded(chat.ids.len()));
+        if ids.len() >= context {
+            return Err(exceeded(ids.len()));
         }
-        Ok(chat.ids)
+        Ok(ids)
     }
 
     fn complete(&self, call_index: u64, generated: Generated) -> Completion {

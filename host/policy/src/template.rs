@@ -13,6 +13,9 @@ use serde_json::{Value, json};
 use crate::error::PolicyError;
 use crate::tokenizer::{CONTROL_TOKENS, PolicyTokenizer};
 
+/// Ids of [`CONTROL_TOKENS`].
+type ControlIds = [u32; CONTROL_TOKENS.len()];
+
 /// Opens and closes a placeholder; private-use characters that no template has a reason to write.
 const PLACEHOLDER_OPEN: char = '\u{10fffd}';
 const PLACEHOLDER_CLOSE: char = '\u{10fffc}';
@@ -112,18 +115,20 @@ impl EncodedChat {
 }
 
 impl PolicyTokenizer {
-    /// Encodes a conversation. `recorded` gives the ids of a message that repeats an earlier completion, its end token
-    /// included when it was drawn.
-    pub(crate) fn encode_chat<'a>(
+    /// Encodes a conversation in the own dialect. `recorded` gives the ids of a message that repeats an earlier completion,
+    /// its end token included when it was drawn.
+    pub(crate) fn encode_own<'a>(
         &self,
+        template: &ChatTemplate,
+        control: &ControlIds,
         messages: &[Message],
         tools: &[ToolSpec],
         add_generation_prompt: bool,
         recorded: impl Fn(&Message) -> Option<&'a [u32]>,
     ) -> Result<EncodedChat, PolicyError> {
         let roles: Vec<Role> = messages.iter().map(|message| message.role).collect();
-        let rendered = self.template().render(&roles, tools.len(), add_generation_prompt)?;
-        let end = self.end();
+        let rendered = template.render(&roles, tools.len(), add_generation_prompt)?;
+        let [end, ..] = *control;
         let mut chat = EncodedChat::default();
         // The message whose content was just written, and whether its own end token came with it.
         let mut last: Option<(usize, bool)> = None;
@@ -135,7 +140,7 @@ impl PolicyTokenizer {
                         let known = recorded(message);
                         match known {
                             Some(ids) => chat.extend(ids, Some(at)),
-                            None => self.encode_body(message, at, &mut chat)?,
+                            None => self.encode_body(control, message, at, &mut chat)?,
                         }
                         let ended = known.is_some_and(|ids| ids.last() == Some(&end));
                         last = Some((at, ended));
@@ -147,7 +152,7 @@ impl PolicyTokenizer {
                     }
                 }
                 Part::Template(text) => {
-                    let ids = self.encode_template(text)?;
+                    let ids = self.encode_template(control, text)?;
                     let ids = match (last.take(), ids.split_first()) {
                         (Some((at, ended)), Some((first, rest))) if *first == end => {
                             if !ended {
@@ -165,9 +170,15 @@ impl PolicyTokenizer {
     }
 
     /// Content and tool calls of a message.
-    fn encode_body(&self, message: &Message, at: usize, chat: &mut EncodedChat) -> Result<(), PolicyError> {
+    fn encode_body(
+        &self,
+        control: &ControlIds,
+        message: &Message,
+        at: usize,
+        chat: &mut EncodedChat,
+    ) -> Result<(), PolicyError> {
         chat.extend(&self.encode(&message.content)?, Some(at));
-        let (open, close) = self.tool_call();
+        let [.., open, close] = *control;
         for call in &message.tool_calls {
             let arguments: Value = serde_json::from_str(&call.arguments)
                 .map_err(|error| PolicyError::Template(format!("arguments of tool call `{}`: {error}", call.name)))?;
@@ -179,15 +190,15 @@ impl PolicyTokenizer {
     }
 
     /// Text of the template, in which control tokens count.
-    fn encode_template(&self, text: &str) -> Result<Vec<u32>, PolicyError> {
+    fn encode_template(&self, control: &ControlIds, text: &str) -> Result<Vec<u32>, PolicyError> {
         let mut ids = Vec::new();
         let mut rest = text;
         while !rest.is_empty() {
             let found = CONTROL_TOKENS
                 .iter()
-                .filter_map(|token| rest.find(token).map(|at| (at, *token)))
-                .min_by_key(|(at, _)| *at)
-                .and_then(|(at, token)| Some((at, token, self.control(token)?)));
+                .zip(control)
+                .filter_map(|(token, id)| rest.find(token).map(|at| (at, *token, *id)))
+                .min_by_key(|(at, ..)| *at);
             let Some((at, token, id)) = found else {
                 ids.extend_from_slice(&self.encode(rest)?);
                 break;
@@ -202,11 +213,9 @@ impl PolicyTokenizer {
         Ok(ids)
     }
 
-    /// Reads a completion: its text without markup and end token, and the tool calls in it. Markup that does not hold a
-    /// JSON object with a name and an object of arguments stays text, for the agent to see.
-    pub(crate) fn parse_completion(&self, ids: &[u32], call_index: u64) -> (String, Vec<ToolCall>) {
-        let ids = ids.strip_suffix(&[self.end()]).unwrap_or(ids);
-        let (open, close) = self.tool_call();
+    /// Reads a completion without its end token.
+    pub(crate) fn parse_own(&self, control: &ControlIds, ids: &[u32], call_index: u64) -> (String, Vec<ToolCall>) {
+        let [.., open, close] = *control;
         let mut text = Vec::new();
         let mut calls = Vec::new();
         let mut rest = ids;
@@ -231,7 +240,8 @@ impl PolicyTokenizer {
     }
 }
 
-fn parse_call(body: &str, call_index: u64, number: usize) -> Option<ToolCall> {
+/// A call that is written as a JSON object with a name and an object of arguments.
+pub(crate) fn parse_call(body: &str, call_index: u64, number: usize) -> Option<ToolCall> {
     let value: Value = serde_json::from_str(body).ok()?;
     let name = value.get("name")?.as_str()?.to_owned();
     let arguments = value.get("arguments").filter(|arguments| arguments.is_object())?.to_string();
@@ -252,7 +262,7 @@ mod tests {
     }
 
     fn encode(tokenizer: &PolicyTokenizer, messages: &[Message], generate: bool) -> EncodedChat {
-        tokenizer.encode_chat(messages, &[], generate, |_| None).unwrap()
+        tokenizer.own_chat(messages, generate, |_| None)
     }
 
     #[test]
@@ -291,11 +301,9 @@ mod tests {
         let drawn: Vec<u32> =
             "room".bytes().map(|b| tokenizer.encode(&char::from(b).to_string()).unwrap()[0]).collect();
         assert_ne!(*drawn, *tokenizer.encode("room").unwrap());
-        let with_end = [drawn.clone(), vec![tokenizer.end()]].concat();
+        let with_end = [drawn.clone(), tokenizer.ends().to_vec()].concat();
         for ids in [&drawn, &with_end] {
-            let chat = tokenizer
-                .encode_chat(&messages, &[], true, |m| (m.role == Role::Assistant).then_some(ids.as_slice()))
-                .unwrap();
+            let chat = tokenizer.own_chat(&messages, true, |m| (m.role == Role::Assistant).then_some(ids.as_slice()));
             assert_eq!(tokenizer.decode(&chat.ids), "<|user|>u<|end|><|assistant|>room<|end|><|assistant|>");
             assert!(chat.ids.windows(drawn.len()).any(|window| window == drawn));
         }
@@ -304,14 +312,14 @@ mod tests {
     #[test]
     fn completions_are_parsed_and_malformed_markup_stays_text() {
         let tokenizer = tokenizer();
-        let (open, close) = tokenizer.tool_call();
+        let [.., open, close] = tokenizer.own_control();
         let ids = |parts: &[&str]| -> Vec<u32> {
             parts
                 .iter()
                 .flat_map(|part| match *part {
                     "(" => vec![open],
                     ")" => vec![close],
-                    "." => vec![tokenizer.end()],
+                    "." => tokenizer.ends().to_vec(),
                     text => tokenizer.encode(text).unwrap().to_vec(),
                 })
                 .collect()

@@ -1,4 +1,6 @@
-//! Byte-level BPE with control tokens and atoms.
+//! The tokenizer and chat template of a policy, in one of two dialects: this crate's own, trained from a run's data, or that
+//! of a [Hugging Face folder](crate::hugging_face::dialect). What follows is the own one: byte-level BPE with control tokens
+//! and atoms.
 //!
 //! Text is never searched for control tokens: they have ids of their own that only the chat template can produce, so an
 //! agent or a tool that writes `<|end|>` has written seven characters. *Atoms* (numbers, ids) are kept whole: a pattern of
@@ -10,7 +12,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use fulgurite_core::id::ContentHash;
-use fulgurite_core::llm::Role;
+use fulgurite_core::llm::{Message, Role, ToolCall, ToolSpec};
 use serde::{Deserialize, Serialize};
 use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
@@ -23,6 +25,7 @@ use tokenizers::{
 };
 
 use crate::error::PolicyError;
+use crate::hugging_face::dialect::FolderDialect;
 use crate::template::ChatTemplate;
 
 /// Ends every message; the policy draws it to end its turn.
@@ -66,12 +69,19 @@ struct Inner {
     tokenizer: Tokenizer,
     /// The tokenizer's file, as written and hashed.
     json: String,
-    template: ChatTemplate,
+    dialect: Dialect,
     /// Bytes of every id.
     bytes: Vec<Vec<u8>>,
-    control: [u32; CONTROL_TOKENS.len()],
     token_bytes_max: usize,
     cache: Mutex<HashMap<String, Arc<[u32]>>>,
+}
+
+/// How conversations become ids, and ids answers.
+enum Dialect {
+    /// This crate's own: contents are encoded apart from the template's text.
+    Own { template: ChatTemplate, control: [u32; CONTROL_TOKENS.len()] },
+    /// A folder's: the template renders all of it.
+    Folder(Box<FolderDialect>),
 }
 
 impl std::fmt::Debug for PolicyTokenizer {
@@ -198,6 +208,10 @@ impl PolicyTokenizer {
     /// # Errors
     /// When the template does not parse.
     pub fn with_template(&self, source: &str) -> Result<Self, PolicyError> {
+        if let Dialect::Folder(_) = self.inner.dialect {
+            let reason = "a folder's template is changed in the folder, as chat_template.jinja";
+            return Err(PolicyError::Template(reason.to_owned()));
+        }
         Self::from_parts(self.inner.json.clone(), source.to_owned())
     }
 
@@ -221,17 +235,37 @@ impl PolicyTokenizer {
             let spelled = token.chars().map(|c| byte_of.get(&c).copied()).collect::<Option<Vec<u8>>>();
             bytes.push(if plain { token.into_bytes() } else { spelled.unwrap_or_else(|| token.into_bytes()) });
         }
-        let template = ChatTemplate::new(template)?;
-        let token_bytes_max = bytes.iter().map(Vec::len).max().unwrap_or(0).max(1);
-        let cache = Mutex::default();
-        Ok(Self { inner: Arc::new(Inner { tokenizer, json, template, bytes, control, token_bytes_max, cache }) })
+        let dialect = Dialect::Own { template: ChatTemplate::new(template)?, control };
+        Ok(Self::assembled(tokenizer, json, dialect, bytes))
     }
 
-    /// Reads `tokenizer.json` and `chat_template.jinja` of a folder; without the latter the built-in template is used.
+    fn assembled(tokenizer: Tokenizer, json: String, dialect: Dialect, bytes: Vec<Vec<u8>>) -> Self {
+        let token_bytes_max = bytes.iter().map(Vec::len).max().unwrap_or(0).max(1);
+        let cache = Mutex::default();
+        Self { inner: Arc::new(Inner { tokenizer, json, dialect, bytes, token_bytes_max, cache }) }
+    }
+
+    /// Reads tokenizer, chat template and end tokens of a Hugging Face folder.
+    ///
+    /// Its sampling defaults (`temperature` and the like of `generation_config.json`) are not taken: a policy that trains
+    /// samples from what it is trained on, at temperature 1 unless the run's config says otherwise. Its end tokens are.
+    ///
+    /// # Errors
+    /// When a file is missing, damaged or not supported, there is no chat template, or no token ends a turn.
+    pub fn of_folder(dir: &Path) -> Result<Self, PolicyError> {
+        let (tokenizer, dialect, bytes) = FolderDialect::read(dir)?;
+        Ok(Self::assembled(tokenizer, String::new(), Dialect::Folder(Box::new(dialect)), bytes))
+    }
+
+    /// Reads what [`save`](Self::save) wrote. A folder with a `tokenizer_config.json` is read as a Hugging Face folder; in any
+    /// other, `tokenizer.json` is this crate's own, and without a `chat_template.jinja` the built-in template is used.
     ///
     /// # Errors
     /// When a file cannot be read or parsed, or the vocabulary lacks a control token.
     pub fn load(dir: &Path) -> Result<Self, PolicyError> {
+        if dir.join("tokenizer_config.json").is_file() {
+            return Self::of_folder(dir);
+        }
         let path = dir.join("tokenizer.json");
         let json = std::fs::read_to_string(&path).map_err(PolicyError::io(&path))?;
         let path = dir.join("chat_template.jinja");
@@ -243,13 +277,25 @@ impl PolicyTokenizer {
         Self::from_parts(json, template)
     }
 
-    /// Writes `tokenizer.json` and `chat_template.jinja` into a folder, synchronised with the disk.
+    /// Writes tokenizer and template into a folder, synchronised with the disk: `tokenizer.json` and `chat_template.jinja`,
+    /// or a Hugging Face folder's files as they were read.
     ///
     /// # Errors
     /// When a file cannot be written.
     pub fn save(&self, dir: &Path) -> Result<(), PolicyError> {
-        crate::checkpoint::write_file(&dir.join("tokenizer.json"), self.inner.json.as_bytes())?;
-        crate::checkpoint::write_file(&dir.join("chat_template.jinja"), self.inner.template.source().as_bytes())
+        match &self.inner.dialect {
+            Dialect::Own { template, .. } => {
+                crate::checkpoint::write_file(&dir.join("tokenizer.json"), self.inner.json.as_bytes())?;
+                crate::checkpoint::write_file(&dir.join("chat_template.jinja"), template.source().as_bytes())
+            }
+            Dialect::Folder(folder) => folder.save(dir),
+        }
+    }
+
+    /// Whether it is that of a Hugging Face folder.
+    #[must_use]
+    pub fn is_of_folder(&self) -> bool {
+        matches!(self.inner.dialect, Dialect::Folder(_))
     }
 
     /// Number of token ids.
@@ -261,7 +307,12 @@ impl PolicyTokenizer {
     /// Hash of tokenizer and template.
     #[must_use]
     pub fn hash(&self) -> ContentHash {
-        ContentHash::of(format!("{}\0{}", self.inner.json, self.inner.template.source()).as_bytes())
+        match &self.inner.dialect {
+            Dialect::Own { template, .. } => {
+                ContentHash::of(format!("{}\0{}", self.inner.json, template.source()).as_bytes())
+            }
+            Dialect::Folder(folder) => folder.hash(),
+        }
     }
 
     /// Token ids of plain text. Control tokens in it are ordinary characters.
@@ -272,8 +323,10 @@ impl PolicyTokenizer {
         if let Some(ids) = self.cache().get(text) {
             return Ok(ids.clone());
         }
-        let encoding = self.inner.tokenizer.encode_fast(text, false).map_err(failed)?;
-        let ids: Arc<[u32]> = encoding.get_ids().into();
+        let ids: Arc<[u32]> = match &self.inner.dialect {
+            Dialect::Own { .. } => self.inner.tokenizer.encode_fast(text, false).map_err(failed)?.get_ids().into(),
+            Dialect::Folder(folder) => folder.encode_text(&self.inner.tokenizer, text)?.into(),
+        };
         if text.len() <= CACHE_TEXT_BYTES_MAX {
             let mut cache = self.cache();
             if cache.len() >= CACHE_ENTRIES_MAX {
@@ -305,30 +358,74 @@ impl PolicyTokenizer {
         self.inner.bytes.get(id as usize).map_or(&[], Vec::as_slice)
     }
 
-    pub(crate) fn template(&self) -> &ChatTemplate {
-        &self.inner.template
+    /// The ids of a prompt that asks for an answer. `recorded` gives the ids of a message that repeats an earlier completion,
+    /// its end token included when it was drawn: they are never made anew where the template only appends.
+    pub(crate) fn encode_prompt<'a>(
+        &self,
+        messages: &[Message],
+        tools: &[ToolSpec],
+        recorded: impl Fn(&Message) -> Option<&'a [u32]>,
+    ) -> Result<Vec<u32>, PolicyError> {
+        match &self.inner.dialect {
+            Dialect::Own { template, control } => {
+                Ok(self.encode_own(template, control, messages, tools, true, recorded)?.ids)
+            }
+            Dialect::Folder(folder) => folder.encode_prompt(&self.inner.tokenizer, messages, tools, recorded),
+        }
     }
 
-    /// The id of one of [`CONTROL_TOKENS`].
-    pub(crate) fn control(&self, token: &str) -> Option<u32> {
-        CONTROL_TOKENS.iter().position(|name| *name == token).and_then(|at| self.inner.control.get(at).copied())
+    /// A whole conversation, and for each id whether a message of the `trainable` roles wrote it: its content, its tool calls
+    /// or the end token after them.
+    pub(crate) fn encode_demonstration(
+        &self,
+        messages: &[Message],
+        trainable: &[Role],
+    ) -> Result<(Vec<u32>, Vec<bool>), PolicyError> {
+        match &self.inner.dialect {
+            Dialect::Own { template, control } => {
+                let chat = self.encode_own(template, control, messages, &[], false, |_| None)?;
+                let is_trained = |author: &Option<usize>| {
+                    author.and_then(|at| messages.get(at)).is_some_and(|message| trainable.contains(&message.role))
+                };
+                let mask = chat.author.iter().map(is_trained).collect();
+                Ok((chat.ids, mask))
+            }
+            Dialect::Folder(folder) => folder.encode_demonstration(&self.inner.tokenizer, messages, trainable),
+        }
     }
 
-    /// Whether an id is no text.
-    pub(crate) fn is_control(&self, id: u32) -> bool {
-        self.inner.control.contains(&id)
+    /// Reads a completion: its text without markup and end token, and the tool calls in it. Markup that does not hold a
+    /// JSON object with a name and an object of arguments stays text, for the agent to see.
+    pub(crate) fn parse_completion(&self, ids: &[u32], call_index: u64) -> (String, Vec<ToolCall>) {
+        let ids = match ids.split_last() {
+            Some((last, rest)) if self.is_end(*last) => rest,
+            _ => ids,
+        };
+        match &self.inner.dialect {
+            Dialect::Own { control, .. } => self.parse_own(control, ids, call_index),
+            Dialect::Folder(folder) => folder.parse(&self.decode(ids), call_index),
+        }
     }
 
-    /// The id that ends a message.
-    pub(crate) fn end(&self) -> u32 {
-        let [end, ..] = self.inner.control;
-        end
+    /// The ids that are no text.
+    pub(crate) fn control_ids(&self) -> BTreeSet<u32> {
+        match &self.inner.dialect {
+            Dialect::Own { control, .. } => control.iter().copied().collect(),
+            Dialect::Folder(_) => self.inner.tokenizer.get_added_tokens_decoder().into_keys().collect(),
+        }
     }
 
-    /// The ids that open and close a tool call.
-    pub(crate) fn tool_call(&self) -> (u32, u32) {
-        let [.., open, close] = self.inner.control;
-        (open, close)
+    /// Whether an id ends a completion.
+    pub(crate) fn is_end(&self, id: u32) -> bool {
+        self.ends().contains(&id)
+    }
+
+    /// The ids that end a completion; at least one.
+    pub(crate) fn ends(&self) -> &[u32] {
+        match &self.inner.dialect {
+            Dialect::Own { control: [end, ..], .. } => std::slice::from_ref(end),
+            Dialect::Folder(folder) => folder.ends(),
+        }
     }
 
     /// A role's name in the template.
@@ -342,7 +439,7 @@ impl PolicyTokenizer {
 }
 
 /// The printable characters by which byte-level BPE writes bytes (as GPT-2 defined them).
-fn byte_alphabet() -> HashMap<char, u8> {
+pub(crate) fn byte_alphabet() -> HashMap<char, u8> {
     let printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
     let mut shifted = 0_u32;
     (0..=u8::MAX)
@@ -356,6 +453,25 @@ fn byte_alphabet() -> HashMap<char, u8> {
             }
         })
         .collect()
+}
+
+#[cfg(test)]
+impl PolicyTokenizer {
+    /// A conversation in the own dialect, with authors.
+    pub(crate) fn own_chat<'a>(
+        &self,
+        messages: &[Message],
+        add_generation_prompt: bool,
+        recorded: impl Fn(&Message) -> Option<&'a [u32]>,
+    ) -> crate::template::EncodedChat {
+        let Dialect::Own { template, control } = &self.inner.dialect else { panic!("a folder's dialect") };
+        self.encode_own(template, control, messages, &[], add_generation_prompt, recorded).unwrap()
+    }
+
+    pub(crate) fn own_control(&self) -> [u32; CONTROL_TOKENS.len()] {
+        let Dialect::Own { control, .. } = &self.inner.dialect else { panic!("a folder's dialect") };
+        *control
+    }
 }
 
 #[cfg(test)]
@@ -373,6 +489,12 @@ mod tests {
     fn trained() -> PolicyTokenizer {
         let config = TokenizerConfig { vocab_size: 512, atoms_pattern: Some(r"R\d{2}|\d{1,2}".into()) };
         PolicyTokenizer::train(corpus().into_iter(), &config).unwrap()
+    }
+
+    #[test]
+    fn the_own_dialect_is_what_it_was() {
+        // Hashes are part of records and checkpoints: they must not change with the code.
+        assert_eq!(trained().hash().to_string(), "ae366de9e957097ff83f9b92f8167c7f6bacca4506f7ebee018d220699ded54e");
     }
 
     #[test]

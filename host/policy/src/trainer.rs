@@ -390,7 +390,7 @@ impl Trainer {
         let merged = self.model(model)?.weights.merged();
         std::fs::create_dir_all(dir).map_err(PolicyError::io(dir))?;
         self.tokenizer.save(dir)?;
-        checkpoint::save_model(dir, &merged, self.tokenizer.end())
+        checkpoint::save_model(dir, &merged, self.tokenizer.ends())
     }
 
     fn save(&self, dir: &Path) -> Result<(), PolicyError> {
@@ -409,7 +409,7 @@ impl Trainer {
         };
         std::fs::create_dir_all(dir).map_err(PolicyError::io(dir))?;
         self.tokenizer.save(dir)?;
-        checkpoint::save(dir, &view, policy.weights.ground(), self.tokenizer.end())
+        checkpoint::save(dir, &view, policy.weights.ground(), self.tokenizer.ends())
     }
 
     fn restore(&mut self, dir: &Path) -> Result<(), PolicyError> {

@@ -71,7 +71,8 @@ impl Bench {
     fn ask_at(&mut self, temperature: f32, prompt: Vec<u32>, max_tokens: u32) -> Asked {
         let rollout = RolloutId::derived("test", 0, self.asked).unwrap();
         let attempt = AttemptKey { rollout, attempt: AttemptNumber::FIRST };
-        let logit_bias = vec![fulgurite_core::llm::TokenBias { token: self.scheduler.tokenizer.end(), bias: -100.0 }];
+        let logit_bias =
+            vec![fulgurite_core::llm::TokenBias { token: self.scheduler.tokenizer.ends()[0], bias: -100.0 }];
         let sampling = Sampling { temperature, max_tokens, logit_bias, ..Sampling::default() };
         let request = Request { prompt: prompt.into(), sampling, seed: Seed::new(self.asked), progress: None };
         self.asked += 1;

@@ -145,8 +145,7 @@ impl Checkpoints {
     /// # Errors
     /// When the disk refuses, or the newest checkpoint is not one of ours.
     pub(crate) fn newest(&self) -> Result<Option<Checkpoint>, CheckpointError> {
-        let Some(newest) = self.numbers()?.pop() else { return Ok(None) };
-        let path = self.folder.join(format!("{newest:08}"));
+        let Some(path) = self.newest_folder()? else { return Ok(None) };
         let file = path.join(PROGRESS);
         let text = std::fs::read(&file).map_err(io(&file))?;
         let progress =
@@ -154,6 +153,14 @@ impl Checkpoints {
         let state = path.join(PLUGIN_STATE);
         let plugin_state = if state.exists() { Some(std::fs::read(&state).map_err(io(&state))?) } else { None };
         Ok(Some(Checkpoint { path, progress, plugin_state }))
+    }
+
+    /// The folder of the newest checkpoint.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub(crate) fn newest_folder(&self) -> Result<Option<PathBuf>, CheckpointError> {
+        Ok(self.numbers()?.pop().map(|newest| self.folder.join(format!("{newest:08}"))))
     }
 
     fn numbers(&self) -> Result<Vec<u64>, CheckpointError> {

@@ -13,11 +13,13 @@ use fulgurite_core::limits::{InvalidNarrowing, Limits, NarrowedLimits};
 use fulgurite_core::llm::Sampling;
 use fulgurite_core::outcome::{Blame, OutcomeKind};
 use fulgurite_core::reward::RewardSource;
-use fulgurite_policy::{CriticConfig, LoraConfig, PolicyConfig};
 use fulgurite_runner::scripted::Script;
 use fulgurite_sandbox::PluginWorld;
 use serde::{Deserialize, Serialize};
 
+mod local;
+
+pub use self::local::{LocalPolicyConfig, TokenizerSection};
 pub use crate::endpoint::EndpointConfig;
 use crate::run_directory::RunDirectory;
 
@@ -122,7 +124,7 @@ pub struct DatasetConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PolicySection {
-    /// A model that this run trains, from random weights.
+    /// A model that this run trains, from random weights or those of a folder.
     #[serde(default)]
     pub local: Option<LocalPolicyConfig>,
     /// A server's model, for rollouts; nothing can be trained.
@@ -131,49 +133,6 @@ pub struct PolicySection {
     /// Scripted answers; nothing can be trained.
     #[serde(default)]
     pub scripted: Option<Script>,
-}
-
-/// A model that starts from random weights.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct LocalPolicyConfig {
-    /// Shape, device and threads.
-    #[serde(default)]
-    pub model: PolicyConfig,
-    /// The tokenizer that is trained for it.
-    pub tokenizer: TokenizerSection,
-    /// Train low-rank adapters over frozen weights. None: all weights are trained.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub lora: Option<LoraConfig>,
-    /// Offer algorithms a value model, `critic`. None: a plugin that asks for it is refused.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub critic: Option<CriticConfig>,
-}
-
-impl LocalPolicyConfig {
-    /// What the policy engine is told.
-    #[must_use]
-    pub fn engine(&self) -> PolicyConfig {
-        PolicyConfig { lora: self.lora.clone(), critic: self.critic.clone(), ..self.model.clone() }
-    }
-}
-
-/// How the tokenizer is trained.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct TokenizerSection {
-    /// Datasets whose training splits are the corpus: all text of inputs and of messages in references.
-    pub corpus: Vec<String>,
-    /// Most tokens, special ones included.
-    #[serde(default = "default_vocab_size")]
-    pub vocab_size: usize,
-    /// Regular expression of texts that must each be one token (numbers, ids).
-    #[serde(default)]
-    pub atoms_pattern: Option<String>,
-}
-
-fn default_vocab_size() -> usize {
-    512
 }
 
 /// How rollouts run.
@@ -478,10 +437,12 @@ impl RunConfig {
         if named.into_iter().filter(|named| *named).count() != 1 {
             return fail("policy", "say one of [policy.local], [policy.endpoint] and [policy.scripted]".to_owned());
         }
-        if let Some(local) = &policy.local
-            && let Some(name) = local.tokenizer.corpus.iter().find(|name| !self.dataset.contains_key(*name))
-        {
-            return fail("policy.local.tokenizer.corpus", self.unknown_dataset(name));
+        if let Some(local) = &policy.local {
+            local.check()?;
+            let mut corpus = local.tokenizer.iter().flat_map(|tokenizer| &tokenizer.corpus);
+            if let Some(name) = corpus.find(|name| !self.dataset.contains_key(*name)) {
+                return fail("policy.local.tokenizer.corpus", self.unknown_dataset(name));
+            }
         }
         if let Some(endpoint) = &policy.endpoint {
             let problem = |(field, problem)| (format!("policy.endpoint.{field}"), problem);
@@ -563,9 +524,14 @@ impl RunConfig {
                 (self.endpoint.values_mut().chain(&mut self.policy.endpoint))
                     .filter_map(|endpoint| endpoint.certificate_authority.as_mut()),
             )
-            .chain(self.dataset.values_mut().flat_map(|set| [&mut set.train, &mut set.val, &mut set.test]).flatten());
+            .chain(self.dataset.values_mut().flat_map(|set| [&mut set.train, &mut set.val, &mut set.test]).flatten())
+            .chain(self.policy.local.iter_mut().filter_map(|local| local.model.directory.as_mut()));
         for path in paths {
             *path = normalise(&folder.join(&*path));
+        }
+        // What a run keeps of its config says what was used.
+        if let Some(local) = self.policy.local.as_mut().filter(|local| local.model.directory.is_none()) {
+            local.model.preset.get_or_insert_default();
         }
     }
 
@@ -590,11 +556,20 @@ impl RunConfig {
                 });
             }
         }
+        let directory = self.policy.local.as_ref().and_then(|local| local.model.directory.as_ref());
+        if let Some(path) = directory.filter(|path| !path.is_dir()) {
+            return Err(ConfigError::Invalid {
+                path: config.to_path_buf(),
+                field: "policy.local.model.directory".to_owned(),
+                problem: format!("there is no folder `{}`; {MODEL}", path.display()),
+            });
+        }
         Ok(())
     }
 }
 
 const BUILD: &str = "build it with `fulgurite build DIR`, or `cargo xtask guests` for those of this repository";
+const MODEL: &str = "`fulgurite policy init` makes one with random weights, `fulgurite policy pull` downloads one";
 const GENERATE: &str = "the example's README says how its data is made";
 
 /// Removes `.` and `..` where that needs no look at the disk, for messages that people can read.

@@ -125,6 +125,22 @@ pub enum TrainError {
         /// The stored config.
         path: PathBuf,
     },
+    /// A run has not come as far as to keep weights.
+    #[error("the run `{path}` has no weights yet: neither policies/ nor checkpoints/ holds any")]
+    NoWeights {
+        /// The run's folder.
+        path: PathBuf,
+    },
+    /// The policy's folder is not what it was when the run began.
+    #[error(
+        "the {what} that the config names are not those that the run began with (`{path}`); put the folder of `policy.local.model.directory` back as it was, or choose another run by `--run DIR`"
+    )]
+    PolicyChanged {
+        /// The record of what it was.
+        path: PathBuf,
+        /// What differs.
+        what: &'static str,
+    },
     /// A dataset has no items of a split that is needed.
     #[error("dataset `{dataset}` has no `{split}` split")]
     MissingSplit {

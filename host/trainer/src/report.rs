@@ -42,13 +42,13 @@ pub struct RunResult {
     pub run: String,
     /// Its seed.
     pub seed: u64,
-    /// Greedy held-out mean of the random weights.
+    /// Greedy held-out mean of the weights that it began with.
     pub held_out_before: f64,
     /// Greedy held-out mean after the last stage.
     pub held_out_after: f64,
     /// Seconds of training, all stages.
     pub training_seconds: f64,
-    /// The random weights.
+    /// The weights that it began with.
     pub initial: Option<StageReport>,
     /// The stages in order.
     pub stages: Vec<StageReport>,

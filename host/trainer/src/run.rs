@@ -10,6 +10,7 @@ use tokio::sync::watch;
 use crate::config::RunConfig;
 use crate::error::TrainError;
 use crate::evaluate::Evaluation;
+use crate::pinned_policy::PinnedPolicy;
 use crate::progress::ProgressSink;
 use crate::run_directory::{RunDirectory, write_atomically};
 use crate::setup::Setup;
@@ -19,8 +20,8 @@ use crate::setup::Setup;
 pub struct RunOptions {
     /// The run's folder. Rollouts that it already holds are not run again.
     pub run: PathBuf,
-    /// Weights to evaluate, a folder under `policies/` of a training run; `None`: what the config says (random weights, a
-    /// server's model, or a script).
+    /// Weights to evaluate, a folder under `policies/` of a training run; `None`: what the config says (random weights,
+    /// those of a folder, a server's model, or a script).
     pub policy: Option<PathBuf>,
     /// Folder of compiled components.
     pub cache: Option<PathBuf>,
@@ -44,6 +45,9 @@ pub async fn run(
     let text = toml::to_string(&config).unwrap_or_default();
     write_atomically(&run.config(), text.as_bytes()).map_err(TrainError::io(run.config()))?;
     let setup = Setup::new(config, run, options.cache, None).await?;
+    if let Some(engine) = setup.model.engine() {
+        PinnedPolicy::of(engine).keep(&setup.run)?;
+    }
     if let (Some(path), Some(engine)) = (&options.policy, setup.model.engine()) {
         engine.restore(path).await?;
     }

@@ -3,6 +3,7 @@
 //! ```text
 //! runs/rooms-seed0/
 //!   config.toml        the config as it was resolved
+//!   policy.json        hashes of the weights and the tokenizer that the run began with
 //!   components/        every component that ran, by content hash: what replay runs again
 //!   control/           requests of other processes: cancel this rollout, cancel all
 //!   store/             rollouts, attempts and spans (sled)
@@ -43,6 +44,12 @@ impl RunDirectory {
     #[must_use]
     pub fn config(&self) -> PathBuf {
         self.root.join("config.toml")
+    }
+
+    /// What the policy began as.
+    #[must_use]
+    pub fn policy_record(&self) -> PathBuf {
+        self.root.join("policy.json")
     }
 
     /// The store.

@@ -8,13 +8,13 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use fulgurite_core::dataset::{DatasetItem, Split};
 use fulgurite_core::llm::LlmBackend;
 use fulgurite_core::seed::Seed;
-use fulgurite_policy::{PolicyEngine, PolicyTokenizer, TokenizerConfig};
+use fulgurite_policy::{ModelFolder, PolicyEngine, PolicyTokenizer, TokenizerConfig};
 use fulgurite_runner::scripted::{Script, ScriptedPolicy};
 use fulgurite_runner::{JinjaRenderer, Plugins, Recording, RetryPolicy, Runner, RunnerSettings};
 use fulgurite_sandbox::{AlgorithmPlugin, Sandbox, SandboxSettings, Templates};
 use fulgurite_store::{RolloutStore, SledStore};
 
-use crate::config::{LocalPolicyConfig, PolicySection, RunConfig};
+use crate::config::{LocalPolicyConfig, PolicySection, RunConfig, TokenizerSection};
 use crate::dataset::{Dataset, corpus_of};
 use crate::error::TrainError;
 use crate::grants;
@@ -72,8 +72,8 @@ impl Model {
 }
 
 impl Setup {
-    /// Loads plugins and datasets, opens the run's store unless it is given, and makes the policy with the weights of the
-    /// run's seed.
+    /// Loads plugins and datasets, opens the run's store unless it is given, and makes the policy with the weights of its
+    /// folder or of the run's seed.
     pub(crate) async fn new(
         config: RunConfig,
         run: RunDirectory,
@@ -181,26 +181,44 @@ async fn fresh_policy(
     datasets: &BTreeMap<String, Arc<Dataset>>,
     seed: Seed,
 ) -> Result<PolicyEngine, TrainError> {
+    let model = local.engine();
+    let start = match (&local.model.directory, &local.tokenizer) {
+        (Some(directory), _) => Start::Folder(directory.clone()),
+        (None, Some(tokenizer)) => Start::Random(corpus(tokenizer, datasets)?, tokenizer.clone()),
+        (None, None) => return Err(TrainError::NoPolicy),
+    };
+    // Reading or making weights and training a tokenizer are seconds of work that must not hold an async worker.
+    let made = tokio::task::spawn_blocking(move || match start {
+        Start::Folder(directory) => ModelFolder::open(&directory)?.engine(&model),
+        Start::Random(corpus, tokenizer) => {
+            let settings = TokenizerConfig { vocab_size: tokenizer.vocab_size, atoms_pattern: tokenizer.atoms_pattern };
+            let tokenizer = PolicyTokenizer::train(corpus.into_iter(), &settings)?;
+            PolicyEngine::create(&model, tokenizer, seed.child("policy"))
+        }
+    });
+    match made.await {
+        Ok(engine) => Ok(engine?),
+        Err(_) => Err(TrainError::Runner(fulgurite_runner::RunnerError::WorkerLost)),
+    }
+}
+
+/// What a policy starts from.
+enum Start {
+    /// The weights and the tokenizer of a folder.
+    Folder(PathBuf),
+    /// Random weights, and a tokenizer that is trained on these texts.
+    Random(Vec<String>, TokenizerSection),
+}
+
+/// The texts that a tokenizer is trained on.
+fn corpus(tokenizer: &TokenizerSection, datasets: &BTreeMap<String, Arc<Dataset>>) -> Result<Vec<String>, TrainError> {
     let mut corpus = vec![];
-    for name in &local.tokenizer.corpus {
+    for name in &tokenizer.corpus {
         let items = datasets.get(name).map(|set| set.split(Split::Train)).unwrap_or_default();
         if items.is_empty() {
             return Err(TrainError::MissingSplit { dataset: name.clone(), split: "train" });
         }
         corpus.extend(items.iter().flat_map(|item| corpus_of(item)));
     }
-    let settings = TokenizerConfig {
-        vocab_size: local.tokenizer.vocab_size,
-        atoms_pattern: local.tokenizer.atoms_pattern.clone(),
-    };
-    let model = local.engine();
-    // Training a tokenizer and making weights are seconds of work that must not hold an async worker.
-    let made = tokio::task::spawn_blocking(move || {
-        let tokenizer = PolicyTokenizer::train(corpus.into_iter(), &settings)?;
-        PolicyEngine::create(&model, tokenizer, seed.child("policy"))
-    });
-    match made.await {
-        Ok(engine) => Ok(engine?),
-        Err(_) => Err(TrainError::Runner(fulgurite_runner::RunnerError::WorkerLost)),
-    }
+    Ok(corpus)
 }

@@ -17,6 +17,7 @@ use crate::error::TrainError;
 use crate::evaluate::Evaluation;
 use crate::host::{EndedStep, StageHost, StageState};
 use crate::metrics::{self, MetricRow, MetricWriter};
+use crate::pinned_policy::PinnedPolicy;
 use crate::plot;
 use crate::progress::{ProgressEvent, ProgressSink};
 use crate::report::{RunResult, StageReport};
@@ -34,7 +35,7 @@ pub struct TrainOptions {
     pub cache: Option<PathBuf>,
 }
 
-/// The name under which the random weights are kept.
+/// The name under which the weights are kept that a run begins with.
 pub const INITIAL: &str = "initial";
 
 /// A piece of the plan.
@@ -63,6 +64,9 @@ pub async fn train(
     // The last thing before work begins: a start that failed leaves nothing that would have to be resumed.
     let path = setup.run.config();
     write_atomically(&path, text.as_bytes()).map_err(TrainError::io(&path))?;
+    if let Some(engine) = setup.model.engine() {
+        PinnedPolicy::of(engine).keep(&setup.run)?;
+    }
     let checkpoints = Checkpoints::new(setup.run.checkpoints(), setup.config.checkpoint.keep);
     let checkpoint = if options.resume { checkpoints.newest()? } else { None };
     let mut state = Progress::default();

@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
+use fulgurite_policy::{ExportOptions, FileType};
 
 use crate::arguments::Output;
 
@@ -12,6 +13,14 @@ pub(crate) enum PolicyCommand {
     Info(InfoArguments),
     /// Print what a model makes of a conversation: its token ids, logits, and the likeliest continuation.
     Logits(LogitsArguments),
+    /// Download a model from the Hugging Face hub.
+    Pull(PullArguments),
+    /// Check a Hugging Face folder and write what a run needs of it into another.
+    Import(ImportArguments),
+    /// Make a model with random weights, as a Hugging Face folder.
+    Init(InitArguments),
+    /// Write a trained policy as a Hugging Face folder that transformers loads.
+    Export(ExportArguments),
 }
 
 #[derive(Debug, Args)]
@@ -63,6 +72,140 @@ pub(crate) struct LogitsArguments {
     /// Threads. 0: one per core.
     #[arg(long, default_value_t = 0)]
     pub(crate) threads: usize,
+    /// How the result is printed.
+    #[arg(long, value_enum, default_value = "text")]
+    pub(crate) output: Output,
+}
+
+/// How a model is written.
+#[derive(Debug, Args)]
+pub(crate) struct WriteArguments {
+    /// Folder to make. It must not be there yet.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) to: PathBuf,
+    /// Type of the weights. Default: that of the source; f32 for what was trained or made here.
+    #[arg(long, value_enum)]
+    pub(crate) dtype: Option<Dtype>,
+    /// Bytes of one safetensors file; more are spread over several.
+    #[arg(long, value_name = "BYTES", default_value_t = ExportOptions::default().shard_bytes_max,
+          value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) shard_bytes_max: u64,
+    /// How the result is printed.
+    #[arg(long, value_enum, default_value = "text")]
+    pub(crate) output: Output,
+}
+
+/// The type of the numbers in a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Dtype {
+    /// As they are computed.
+    F32,
+    /// The upper half of it.
+    Bf16,
+    /// IEEE's half precision.
+    F16,
+}
+
+impl WriteArguments {
+    pub(crate) fn options(&self) -> ExportOptions {
+        let file_type = self.dtype.map(|dtype| match dtype {
+            Dtype::F32 => FileType::F32,
+            Dtype::Bf16 => FileType::Bf16,
+            Dtype::F16 => FileType::F16,
+        });
+        ExportOptions { file_type, shard_bytes_max: self.shard_bytes_max }
+    }
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The folder is checked as for training, tensor by tensor, and what a run needs of it is written anew: config.json,
+model.safetensors, tokenizer, chat template and end tokens. A config names it as [policy.local.model] directory = \"DIR\".
+
+Example:
+  fulgurite policy import downloads/Qwen3-0.6B --to models/qwen3 --dtype bf16")]
+pub(crate) struct ImportArguments {
+    /// Folder with config.json, safetensors and tokenizer.json.
+    pub(crate) directory: PathBuf,
+    #[command(flatten)]
+    pub(crate) write: WriteArguments,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The weights are a function of the seed and the sizes. The tokenizer is trained on the lines of --tokenizer-corpus; without it
+every byte is a token. transformers loads the folder, and a config names it as [policy.local.model] directory = \"DIR\".
+
+Example:
+  fulgurite policy init --preset small --to models/small --tokenizer-corpus texts.txt --vocab-size 2048")]
+pub(crate) struct InitArguments {
+    /// Sizes of the model.
+    #[arg(long, value_enum)]
+    pub(crate) preset: PresetName,
+    /// Seed of the weights.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// File of texts, one a line, that the tokenizer is trained on.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) tokenizer_corpus: Option<PathBuf>,
+    /// Most tokens, control tokens and bytes included. Default: 512 with a corpus.
+    #[arg(long, value_name = "TOKENS", requires = "tokenizer_corpus")]
+    pub(crate) vocab_size: Option<usize>,
+    /// Regular expression of texts that must each be one token (numbers, ids).
+    #[arg(long, value_name = "REGEX", requires = "tokenizer_corpus")]
+    pub(crate) atoms_pattern: Option<String>,
+    /// Tokens of prompt and completion together. Default: the preset's.
+    #[arg(long, value_name = "TOKENS")]
+    pub(crate) context_tokens: Option<usize>,
+    #[command(flatten)]
+    pub(crate) write: WriteArguments,
+}
+
+/// Sizes of a new model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PresetName {
+    /// Some 0.9 million parameters.
+    Tiny,
+    /// Some 12 million parameters.
+    Small,
+    /// Some 100 million parameters.
+    Base,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+DIR is a folder under policies/ or checkpoints/ of a run, or the run itself: then its last stage counts, or its newest
+checkpoint while no stage has ended. transformers and every server that reads its folders load what is written, also with
+this program's own tokenizer; optimiser and snapshots stay behind.
+
+Example:
+  fulgurite policy export runs/rooms-seed0 --to models/rooms --dtype bf16")]
+pub(crate) struct ExportArguments {
+    /// The run, or the checkpoint.
+    pub(crate) directory: PathBuf,
+    #[command(flatten)]
+    pub(crate) write: WriteArguments,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Only what a policy needs is fetched: config, tokenizer, chat template and safetensors. Sizes and SHA-256 are checked. A
+download that was cut goes on where it stood, and a model that has come once is there without a network.
+
+HF_ENDPOINT names another hub, HF_TOKEN is sent to it for models that are not public. Models are kept in the cache folder of
+the user, or in FULGURITE_CACHE_DIR; with --to the files appear there as well.
+
+Example:
+  fulgurite policy pull Qwen/Qwen3-0.6B --to models/Qwen3-0.6B")]
+pub(crate) struct PullArguments {
+    /// The model's name on the hub.
+    pub(crate) repo: String,
+    /// Branch, tag or commit.
+    #[arg(long, default_value = "main")]
+    pub(crate) revision: String,
+    /// Folder to put the model into. Default: it is used where it is kept.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) to: Option<PathBuf>,
     /// How the result is printed.
     #[arg(long, value_enum, default_value = "text")]
     pub(crate) output: Output,

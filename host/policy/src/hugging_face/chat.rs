@@ -180,6 +180,11 @@ impl FolderTemplate {
         Ok(Some(template))
     }
 
+    /// What it says of tools: the template that is used when there are some.
+    pub(crate) fn source(&self) -> &str {
+        self.with_tools.as_deref().unwrap_or(&self.default)
+    }
+
     /// The text of a conversation.
     ///
     /// `messages` and `tools` are in Hugging Face's form and reach the template as they are. `now` is what `strftime_now`
@@ -226,7 +231,8 @@ pub(crate) fn field<'a>(value: &'a Value, name: &str) -> &'a Value {
     value.get(name).unwrap_or(&Value::Null)
 }
 
-fn read_json(path: &Path) -> Result<Value, PolicyError> {
+/// The JSON of a file.
+pub(crate) fn read_json(path: &Path) -> Result<Value, PolicyError> {
     let text = std::fs::read(path).map_err(PolicyError::io(path))?;
     serde_json::from_slice(&text).map_err(|error| PolicyError::model_file(path, format!("it is not JSON: {error}")))
 }

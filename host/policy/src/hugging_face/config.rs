@@ -42,6 +42,21 @@ impl ModelDescription {
     }
 }
 
+/// Ids that end a completion, ascending: those of `generation_config.json` where it names some, else those of `config.json`.
+pub(crate) fn end_tokens(dir: &Path) -> Result<Vec<u32>, PolicyError> {
+    let read = |name: &str| {
+        let path = dir.join(name);
+        if path.is_file() { Fields::read(path)?.ids("eos_token_id") } else { Ok(None) }
+    };
+    let mut ids = match read("generation_config.json")? {
+        Some(ids) => ids,
+        None => read("config.json")?.unwrap_or_default(),
+    };
+    ids.sort_unstable();
+    ids.dedup();
+    Ok(ids)
+}
+
 /// Sizes that do not fit one another, by the names that the file has for them.
 fn check(fields: &Fields, description: &ModelDescription) -> Result<(), PolicyError> {
     let shape = &description.shape;

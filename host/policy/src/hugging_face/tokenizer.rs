@@ -1,5 +1,6 @@
 //! `tokenizer.json` of a Hugging Face folder.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde_json::Value;
@@ -7,11 +8,12 @@ use tokenizers::{AddedToken, Tokenizer};
 
 use super::chat::field;
 use crate::error::PolicyError;
+use crate::tokenizer::byte_alphabet;
 
 /// The tokenizer of a folder.
 #[derive(Debug)]
 pub(crate) struct FolderTokenizer {
-    tokenizer: Tokenizer,
+    pub(super) tokenizer: Tokenizer,
 }
 
 impl FolderTokenizer {
@@ -45,6 +47,47 @@ impl FolderTokenizer {
     /// Text of ids, added tokens included.
     pub(crate) fn decode(&self, ids: &[u32]) -> String {
         self.tokenizer.decode(ids, false).unwrap_or_default()
+    }
+
+    /// Bytes of every id: what it adds to a text. Empty where no token has the id.
+    ///
+    /// # Errors
+    /// When the decoder is of a kind whose tokens are not texts by themselves.
+    pub(crate) fn bytes(&self, path: &Path) -> Result<Vec<Vec<u8>>, PolicyError> {
+        let decoder = serde_json::to_string(&self.tokenizer.get_decoder()).unwrap_or_default();
+        let byte_of = byte_alphabet();
+        // Byte-level BPE writes every byte as a character of its own; SentencePiece writes spaces as U+2581 and bytes that
+        // no token has as `<0x..>`.
+        let byte_level = decoder.contains("\"ByteLevel\"");
+        if !byte_level && !decoder.contains("\"ByteFallback\"") && !decoder.contains("\"Metaspace\"") {
+            let reason = "`decoder` is of an unknown kind: supported are ByteLevel, and Metaspace or ByteFallback";
+            return Err(PolicyError::model_file(path.join("tokenizer.json"), reason));
+        }
+        let spelled = |token: &str| {
+            if byte_level {
+                let bytes = token.chars().map(|c| byte_of.get(&c).copied()).collect::<Option<Vec<u8>>>();
+                return bytes.unwrap_or_else(|| token.as_bytes().to_vec());
+            }
+            let byte = token.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
+            match byte.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
+                Some(byte) => vec![byte],
+                None => token.replace('\u{2581}', " ").into_bytes(),
+            }
+        };
+        let added = self.tokenizer.get_added_tokens_decoder();
+        let mut all = vec![Vec::new(); self.vocabulary()];
+        let vocabulary: BTreeMap<String, u32> = self.tokenizer.get_vocab(false).into_iter().collect();
+        for (token, id) in vocabulary {
+            if let Some(bytes) = all.get_mut(id as usize) {
+                *bytes = spelled(&token);
+            }
+        }
+        for (id, token) in added {
+            if let Some(bytes) = all.get_mut(id as usize) {
+                *bytes = token.content.into_bytes();
+            }
+        }
+        Ok(all)
     }
 
     /// Ids that it can make: one more than the largest.

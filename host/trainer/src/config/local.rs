@@ -1,0 +1,73 @@
+//! `[policy.local]`: the model that a run trains, and where it comes from.
+
+use fulgurite_policy::{CriticConfig, LoraConfig, PolicyConfig};
+use serde::{Deserialize, Serialize};
+
+/// A model in this process.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LocalPolicyConfig {
+    /// Where it comes from: a preset with random weights, or `directory`, a Hugging Face folder (relative to the config
+    /// file); device and threads.
+    #[serde(default)]
+    pub model: PolicyConfig,
+    /// The tokenizer that is trained for random weights. A folder has its own.
+    #[serde(default)]
+    pub tokenizer: Option<TokenizerSection>,
+    /// Train low-rank adapters over frozen weights. None: all weights are trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<LoraConfig>,
+    /// Offer algorithms a value model, `critic`. None: a plugin that asks for it is refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub critic: Option<CriticConfig>,
+}
+
+impl LocalPolicyConfig {
+    /// What the policy engine is told.
+    #[must_use]
+    pub fn engine(&self) -> PolicyConfig {
+        PolicyConfig { lora: self.lora.clone(), critic: self.critic.clone(), ..self.model.clone() }
+    }
+
+    /// What does not go together, as field and problem.
+    pub(super) fn check(&self) -> Result<(), (String, String)> {
+        let fail = |field: &str, problem: &str| Err((format!("policy.local.{field}"), problem.to_owned()));
+        if self.model.directory.is_none() {
+            return match self.tokenizer {
+                Some(_) => Ok(()),
+                None => fail(
+                    "tokenizer",
+                    "missing; say what to train it on (`corpus`), or name a folder with a model and its tokenizer as `policy.local.model.directory`",
+                ),
+            };
+        }
+        if self.tokenizer.is_some() {
+            return fail("tokenizer", "the folder of `policy.local.model.directory` has its own; remove this section");
+        }
+        match self.model.field_against_directory() {
+            Some(field) => fail(
+                &format!("model.{field}"),
+                "the folder of `policy.local.model.directory` decides that; remove one of the two",
+            ),
+            None => Ok(()),
+        }
+    }
+}
+
+/// How the tokenizer is trained.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenizerSection {
+    /// Datasets whose training splits are the corpus: all text of inputs and of messages in references.
+    pub corpus: Vec<String>,
+    /// Most tokens, special ones included.
+    #[serde(default = "default_vocab_size")]
+    pub vocab_size: usize,
+    /// Regular expression of texts that must each be one token (numbers, ids).
+    #[serde(default)]
+    pub atoms_pattern: Option<String>,
+}
+
+fn default_vocab_size() -> usize {
+    512
+}

@@ -1,0 +1,230 @@
+//! Hugging Face folders as policies, through the binary: made, trained on, written, and used again.
+
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test that cannot go on has failed")]
+
+#[path = "support.rs"]
+mod support;
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::Stdio;
+
+use serde_json::Value;
+use support::{Bench, root};
+
+const TOKENIZER: &str = r#"[policy.local.tokenizer]
+corpus = ["demonstrations"]
+vocab_size = 384
+atoms_pattern = 'R\d\d|\d\d:\d\d|\d+'
+"#;
+
+/// A bench with a copy of a fixture as `model`, on which its config trains.
+fn bench(fixture: &str) -> Bench {
+    let bench = Bench::new();
+    let from = root().join("tests/parity/fixtures").join(fixture);
+    let model = bench.path().join("model");
+    std::fs::create_dir(&model).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, model.join(path.file_name().unwrap())).unwrap();
+    }
+    bench.replace(TOKENIZER, "[policy.local.model]\ndirectory = \"model\"\ncontext_tokens_max = 1024\n");
+    // A call of a tool takes more tokens here than with a tokenizer made for it.
+    bench.replace("max_tokens = 32", "max_tokens = 48");
+    bench.replace("sampled_rollouts = 24\ngreedy_rollouts = 24", "sampled_rollouts = 6\ngreedy_rollouts = 6");
+    bench.replace("steps = 6\nbatch_size = 16", "steps = 3\nbatch_size = 4");
+    bench.replace("steps = 5\ngroups_per_step = 4", "steps = 3\ngroups_per_step = 2");
+    bench
+}
+
+fn weights(result: &Value, stage: usize) -> &str {
+    result["stages"][stage]["weights"].as_str().unwrap()
+}
+
+/// The completions of a run's evaluation, as they were recorded.
+fn completions(bench: &Bench, run: &str) -> Vec<String> {
+    let shown = |index: usize| {
+        let id = format!("eval-policy-sampled-00000-{index:04}");
+        let text = bench.succeed(&["rollouts", "show", &id, "--run", run, "--output", "json"]).stdout;
+        text.lines().filter(|line| line.contains("completion_ids")).map(completion_ids).collect::<String>()
+    };
+    (0..6).map(shown).collect()
+}
+
+/// What stands behind `completion_ids` up to its end.
+fn completion_ids(line: &str) -> String {
+    let parts = line.split("\"completion_ids\":").skip(1);
+    parts.map(|part| part.split(']').next().unwrap_or_default()).collect()
+}
+
+#[test]
+fn a_folder_is_trained_resumed_exported_and_used_again() {
+    let bench = bench("qwen2");
+    let whole = bench.succeed(&["train", "run.toml", "--run", "whole", "--output", "json"]).json();
+    assert_ne!(whole["initial"]["weights"], weights(&whole, 0));
+    assert_ne!(weights(&whole, 0), weights(&whole, 1));
+    let pinned: Value = serde_json::from_str(&bench.read("whole/policy.json")).unwrap();
+    assert_eq!(pinned["weights"], whole["initial"]["weights"]);
+    for (number, lines) in [2, 4].into_iter().enumerate() {
+        let run = format!("killed-{number}");
+        let mut child = bench
+            .command(&["train", "run.toml", "--run", &run])
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let stderr = BufReader::new(child.stderr.take().unwrap());
+        let seen = stderr.lines().map_while(Result::ok).take(lines).count();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(seen, lines, "the run ended before it was killed");
+        let resumed = bench.succeed(&["train", "run.toml", "--run", &run, "--resume", "--output", "json"]).json();
+        assert_eq!(bench.read("whole/metrics.jsonl"), bench.read(&format!("{run}/metrics.jsonl")), "{run}");
+        assert_eq!(weights(&whole, 1), weights(&resumed, 1), "{run}");
+    }
+
+    // The export is the policy: as a config's folder it draws the same tokens.
+    let exported = bench.succeed(&[
+        "policy",
+        "export",
+        "whole",
+        "--to",
+        "exported",
+        "--shard-bytes-max",
+        "100000",
+        "--output",
+        "json",
+    ]);
+    let exported = exported.json();
+    assert!(exported["files"].as_u64().unwrap() > 1, "{exported}");
+    bench.succeed(&["run", "run.toml", "--run", "restored", "--policy", "whole/policies/grpo"]);
+    bench.replace("directory = \"model\"", "directory = \"exported\"");
+    bench.succeed(&["run", "run.toml", "--run", "again"]);
+    let (restored, again) = (completions(&bench, "restored"), completions(&bench, "again"));
+    assert!(restored.iter().all(|ids| ids.len() > 20), "{restored:?}");
+    assert_eq!(restored, again);
+    let record: Value = serde_json::from_str(&bench.read("again/policy.json")).unwrap();
+    assert_eq!(record["weights"].as_str().unwrap(), weights(&whole, 1));
+
+    let refused = bench.run(&["policy", "export", "whole", "--to", "exported"]);
+    assert_eq!(refused.code, 2, "{}", refused.stderr);
+    assert!(refused.stderr.contains("something already"), "{}", refused.stderr);
+    let halves = bench.succeed(&["policy", "export", "whole/policies/sft", "--to", "halves", "--dtype", "bf16"]);
+    assert!(halves.stdout.contains("bfloat16"), "{}", halves.stdout);
+    let imported = bench.succeed(&["policy", "import", "halves", "--to", "imported", "--dtype", "f32"]);
+    assert!(imported.stdout.contains("float32"), "{}", imported.stdout);
+    let refused = bench.run(&["policy", "export", "model", "--to", "x"]);
+    assert_eq!(refused.code, 2, "{}", refused.stderr);
+    assert!(refused.stderr.contains("neither a run nor a checkpoint"), "{}", refused.stderr);
+}
+
+#[test]
+fn a_new_model_is_a_folder_that_can_be_trained_and_its_own_dialect_is_kept() {
+    let bench = Bench::new();
+    bench.replace("sampled_rollouts = 24\ngreedy_rollouts = 24", "sampled_rollouts = 6\ngreedy_rollouts = 6");
+    bench.replace("steps = 6", "steps = 2");
+    bench.replace("steps = 5", "steps = 1");
+    let init = |to: &str, seed: &str| {
+        let common = ["policy", "init", "--preset", "tiny", "--tokenizer-corpus", "demonstrations.jsonl"];
+        let rest = ["--context-tokens", "256", "--to", to, "--seed", seed, "--output", "json"];
+        bench.succeed(&[common.as_slice(), rest.as_slice()].concat()).json()
+    };
+    let (first, _, _) = (init("model", "1"), init("same", "1"), init("other", "2"));
+    assert_eq!((&first["files"], &first["file_type"]), (&1.into(), &"f32".into()));
+    let file = |name: &str| std::fs::read(bench.path().join(name).join("model.safetensors")).unwrap();
+    assert!(file("model") == file("same") && file("model") != file("other"));
+    bench.write("chat.json", r#"[{"role": "user", "content": "a room at 10:30"}]"#);
+    let logits = |folder: &str| {
+        bench
+            .succeed(&["policy", "logits", folder, "--messages", "chat.json", "--greedy", "8", "--output", "json"])
+            .json()
+    };
+    assert_eq!(logits("model"), logits("same"));
+
+    bench.replace(TOKENIZER, "[policy.local.model]\ndirectory = \"model\"\n");
+    let result = bench.succeed(&["train", "run.toml", "--run", "a", "--output", "json"]).json();
+    assert_ne!(weights(&result, 0), weights(&result, 1));
+    bench.succeed(&["policy", "export", "a", "--to", "trained"]);
+    assert_ne!(logits("trained")["last_logits"], logits("model")["last_logits"]);
+    assert_eq!(logits("trained")["prompt_ids"], logits("model")["prompt_ids"]);
+
+    // A policy of a preset is exported with its own tokenizer.
+    let own = Bench::new();
+    own.replace("sampled_rollouts = 24\ngreedy_rollouts = 24", "sampled_rollouts = 2\ngreedy_rollouts = 2");
+    own.replace("steps = 6", "steps = 2");
+    own.replace("steps = 5", "steps = 1");
+    own.succeed(&["train", "run.toml", "--run", "a"]);
+    own.succeed(&["policy", "export", "a", "--to", "exported"]);
+    let info = own.succeed(&["policy", "info", "exported", "--output", "json"]).json();
+    assert_eq!((&info["chat_template"], &info["token_ids"]), (&true.into(), &384.into()));
+}
+
+#[test]
+fn what_does_not_go_together_is_refused_by_name() {
+    let cases = [
+        (
+            "directory = \"model\"",
+            "directory = \"nowhere\"",
+            vec!["policy.local.model.directory", "nowhere", "policy init"],
+        ),
+        (
+            "directory = \"model\"",
+            "directory = \"model\"\npreset = \"tiny\"",
+            vec!["policy.local.model.preset", "remove"],
+        ),
+        ("directory = \"model\"", "directory = \"model\"\nlayers = 3", vec!["policy.local.model.layers", "remove"]),
+        (
+            "[rollout.sampling]",
+            "[policy.local.tokenizer]\ncorpus = [\"rooms\"]\n[rollout.sampling]",
+            vec!["policy.local.tokenizer", "has its own"],
+        ),
+        ("directory = \"model\"", "", vec!["policy.local.tokenizer", "missing", "corpus"]),
+        ("context_tokens_max = 1024", "context_tokens_max = 4096", vec!["context_tokens_max", "4096", "2048"]),
+    ];
+    for (old, new, expected) in cases {
+        let bench = bench("llama3");
+        bench.replace(old, new);
+        let finished = bench.run(&["train", "run.toml", "--run", "a"]);
+        assert!(finished.code == 2 || finished.code == 1, "{new}: {}", finished.stderr);
+        for text in expected {
+            assert!(finished.stderr.contains(text), "{new}: no {text:?} in\n{}", finished.stderr);
+        }
+    }
+}
+
+#[test]
+fn a_folder_that_has_changed_since_does_not_resume() {
+    let bench = bench("qwen3");
+    bench.replace("steps = 3\nbatch_size = 4", "steps = 1\nbatch_size = 2");
+    bench.replace("steps = 3\ngroups_per_step = 2", "steps = 1\ngroups_per_step = 1");
+    bench.succeed(&["train", "run.toml", "--run", "a"]);
+    bench.succeed(&["train", "run.toml", "--run", "a", "--resume"]);
+    let template = bench.read("model/chat_template.jinja");
+    bench.write("model/chat_template.jinja", &format!("{template} "));
+    let finished = bench.run(&["train", "run.toml", "--run", "a", "--resume"]);
+    assert_eq!(finished.code, 2, "{}", finished.stderr);
+    for text in ["chat template", "policy.json", "policy.local.model.directory"] {
+        assert!(finished.stderr.contains(text), "no {text:?} in\n{}", finished.stderr);
+    }
+    bench.write("model/chat_template.jinja", &template);
+    std::fs::remove_file(bench.path().join("model/model.safetensors")).unwrap();
+    let finished = bench.run(&["train", "run.toml", "--run", "a", "--resume"]);
+    assert_eq!(finished.code, 2, "{}", finished.stderr);
+    assert!(finished.stderr.contains("model.safetensors"), "{}", finished.stderr);
+    assert!(!Path::new("model").exists());
+}
+
+#[test]
+fn every_command_says_how_it_is_used() {
+    let bench = Bench::new();
+    for (command, expected) in [
+        ("import", ["--to <DIR>", "--dtype", "--shard-bytes-max", "directory = \"DIR\""]),
+        ("init", ["--preset <PRESET>", "--tokenizer-corpus", "--seed", "[possible values: tiny, small, base]"]),
+        ("export", ["--to <DIR>", "checkpoints/", "transformers", "--dtype"]),
+    ] {
+        let help = bench.succeed(&["policy", command, "--help"]).stdout;
+        for text in expected.into_iter().chain(["Example:"]) {
+            assert!(help.contains(text), "{command}: no {text:?} in\n{help}");
+        }
+    }
+}
