@@ -9,8 +9,9 @@ use fulgurite_core::seed::Seed;
 use fulgurite_core::training::{KlEstimator, KlTerm, LossSpec, RowDerivatives, TrainingRow};
 
 use crate::config::PolicyConfig;
-use crate::decoder::{Decoder, KvCache, Row, Scratch};
+use crate::decoder::{Decoder, Row, Scratch};
 use crate::device::PolicyDevice;
+use crate::kv_cache::KvCache;
 use crate::lora::{AdapterLayout, LoraConfig, LoraTarget};
 use crate::loss::Normalisers;
 use crate::optimiser::AdamW;
@@ -190,7 +191,7 @@ fn recomputing_activations_and_counting_threads_change_no_bit() {
         };
         let mut seen = vec![];
         for (gradient_checkpointing, threads) in [(false, 1), (true, 1), (true, 3)] {
-            let runner = runner_of(&shape, &PolicyConfig { gradient_checkpointing, threads, ..plain.clone() });
+            let runner = runner_of(&shape, &PolicyConfig { threads, gradient_checkpointing, ..plain.clone() });
             let outcome = runner.run(weights.clone(), rows.clone(), objective.clone()).unwrap();
             seen.push((outcome.gradient.unwrap(), outcome.report));
         }

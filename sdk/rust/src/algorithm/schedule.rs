@@ -104,7 +104,7 @@ mod tests {
             assert!((schedule.factor(13) - 0.55).abs() < 1e-12, "the middle is the mean: {factors:?}");
         }
         let quarter = schedule(Decay::Cosine, 0, 5, 0.0).factor(1);
-        assert!((quarter - (1.0 + std::f64::consts::FRAC_1_SQRT_2) / 2.0).abs() < 1e-12, "{quarter}");
+        assert!((quarter - f64::midpoint(1.0, std::f64::consts::FRAC_1_SQRT_2)).abs() < 1e-12, "{quarter}");
     }
 
     #[test]

@@ -70,7 +70,7 @@ pub(crate) fn step() -> Result<(), AlgorithmError> {
     let values = Gradient { d_values: vec![1.0], ..gradient(first) };
     let entropies = Gradient { d_entropies: vec![1.0], ..gradient(first) };
     for (what, answer) in [
-        ("values-of-policy", policy::backward(&Model::Policy, &[values.clone()])),
+        ("values-of-policy", policy::backward(&Model::Policy, std::slice::from_ref(&values))),
         ("too-few-values", policy::backward(&critic, &[values])),
         ("entropies-of-critic", policy::backward(&critic, &[entropies])),
         ("loss-of-critic", policy::forward_backward(&critic, &entries, &Loss::new()).map(|_| ())),
