@@ -89,6 +89,7 @@ impl std::fmt::Debug for PolicyEngine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("PolicyEngine")
             .field("shape", &self.inner.shape)
+            .field("model", &self.model)
             .field("version", &self.version())
             .finish_non_exhaustive()
     }
