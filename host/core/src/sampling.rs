@@ -195,9 +195,6 @@ impl Sampling {
         let default = Self::default();
         let number = |own: f32, given: f32, default: f32| if own.to_bits() == default.to_bits() { given } else { own };
         let count = |own: u32, given: u32| if own == 0 { given } else { own };
-        fn list<T: Clone>(own: Vec<T>, given: &[T]) -> Vec<T> {
-            if own.is_empty() { given.to_vec() } else { own }
-        }
         Self {
             temperature: number(self.temperature, given.temperature, default.temperature),
             top_p: number(self.top_p, given.top_p, default.top_p),
@@ -212,6 +209,10 @@ impl Sampling {
             constraint: self.constraint.or_else(|| given.constraint.clone()),
         }
     }
+}
+
+fn list<T: Clone>(own: Vec<T>, given: &[T]) -> Vec<T> {
+    if own.is_empty() { given.to_vec() } else { own }
 }
 
 /// [`Sampling`] where fields have no names.
@@ -399,6 +400,7 @@ mod tests {
         let own = Sampling { top_k: 5, ..Sampling::default() };
         let filled = own.or(&everything());
         assert_eq!(filled, Sampling { top_k: 5, ..everything() });
-        assert_eq!(everything().or(&Sampling { temperature: 9.0, top_p: 0.5, ..Sampling::default() }).temperature, 0.7);
+        let kept = everything().or(&Sampling { temperature: 9.0, stop: vec!["x".to_owned()], ..Sampling::default() });
+        assert_eq!(kept, everything());
     }
 }

@@ -43,8 +43,8 @@ fn common(a: &[u32], b: &[u32]) -> usize {
 fn closest(children: &Children, wanted: &[u32]) -> Option<(u64, usize)> {
     let before = children.range::<[u32], _>((Unbounded, Included(wanted))).next_back();
     let after = children.range::<[u32], _>((Excluded(wanted), Unbounded)).next();
-    let shared = |(tokens, id): (&Box<[u32]>, &u64)| (*id, common(tokens, wanted));
-    let found = before.into_iter().chain(after).map(shared).max_by_key(|(_, shared)| *shared);
+    let neighbours = before.into_iter().chain(after);
+    let found = neighbours.map(|(tokens, id)| (*id, common(tokens, wanted))).max_by_key(|(_, shared)| *shared);
     found.filter(|(_, shared)| *shared > 0)
 }
 

@@ -174,17 +174,14 @@ impl Session {
     }
 
     fn complete(&self, call_index: u64, generated: Generated) -> Completion {
-        let (text, tool_calls) = match generated.stop_at_byte {
+        let (text, tool_calls) = if let Some(at) = generated.stop_at_byte {
             // What stands before a stop text is text: markup that it cut in two is not a call.
-            Some(at) => {
-                let decoded = self.tokenizer.decode_bytes(&generated.completion);
-                (String::from_utf8_lossy(decoded.get(..at).unwrap_or(&decoded)).into_owned(), vec![])
-            }
-            None => {
-                // A stop token is not part of the text, as the end token is not.
-                let text = generated.completion.split_at(generated.completion.len() - generated.stop_tokens).0;
-                self.tokenizer.parse_completion(text, call_index)
-            }
+            let decoded = self.tokenizer.decode_bytes(&generated.completion);
+            (String::from_utf8_lossy(decoded.get(..at).unwrap_or(&decoded)).into_owned(), vec![])
+        } else {
+            // A stop token is not part of the text, as the end token is not.
+            let text = generated.completion.split_at(generated.completion.len() - generated.stop_tokens).0;
+            self.tokenizer.parse_completion(text, call_index)
         };
         let finish_reason = match generated.finish {
             FinishReason::Stop if !tool_calls.is_empty() => FinishReason::ToolCalls,

@@ -5,7 +5,7 @@ use std::pin::Pin;
 use fulgurite_core::id::{AttemptKey, AttemptNumber, PolicyVersion, RolloutId};
 use fulgurite_core::llm::{FinishReason, LlmError, Sampling};
 use fulgurite_core::seed::Seed;
-use futures::FutureExt as _;
+use futures::FutureExt;
 
 use super::*;
 use crate::call::{Generated, Request};
@@ -136,7 +136,7 @@ fn calls_that_are_drawn_do_not_hold_back_a_prompt() {
     let (_, turns) = bench.run(&mut long, 100);
     // Its last token is drawn in turn with 300 others.
     assert!(turns <= 320 / PROMPT_ROWS_MIN + 300 / (ROWS_MAX - PROMPT_ROWS_MIN) + 2, "{turns}");
-    let waiting = drawn.iter_mut().filter_map(|asked| asked.now_or_never()).count();
+    let waiting = drawn.iter_mut().filter_map(FutureExt::now_or_never).count();
     assert_eq!(waiting, 0, "they were still drawn");
 }
 
