@@ -215,6 +215,10 @@ impl Sampling {
     }
 }
 
+fn list<T: Clone>(own: Vec<T>, given: &[T]) -> Vec<T> {
+    if own.is_empty() { given.to_vec() } else { own }
+}
+
 /// [`Sampling`] where fields have no names.
 #[derive(Serialize, Deserialize)]
 struct Positional<'a> {

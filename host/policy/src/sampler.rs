@@ -249,8 +249,8 @@ mod tests {
         draw(&mut LOGITS.clone(), &settings)
     }
 
-    fn softmax(logits: &[f32], temperature: f64) -> Vec<f64> {
-        let weights: Vec<f64> = logits.iter().map(|l| (f64::from(*l) / temperature).exp()).collect();
+    fn softmax(logits: &[impl Into<f64> + Copy], temperature: f64) -> Vec<f64> {
+        let weights: Vec<f64> = logits.iter().map(|l| ((*l).into() / temperature).exp()).collect();
         let sum: f64 = weights.iter().sum();
         weights.iter().map(|w| w / sum).collect()
     }
@@ -325,7 +325,7 @@ mod tests {
                 if allowed(token) { logit } else { f64::NEG_INFINITY }
             })
             .collect();
-        softmax(&logits.iter().map(|logit| *logit as f32).collect::<Vec<f32>>(), f64::from(sampling.temperature))
+        softmax(&logits, f64::from(sampling.temperature))
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::pin::Pin;
 use fulgurite_core::id::{AttemptKey, AttemptNumber, PolicyVersion, RolloutId};
 use fulgurite_core::llm::{FinishReason, LlmError, Sampling};
 use fulgurite_core::seed::Seed;
-use futures::FutureExt as _;
+use futures::FutureExt;
 
 use super::*;
 use crate::call::{Generated, Request};

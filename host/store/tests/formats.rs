@@ -194,7 +194,10 @@ fn calls_with_all_of_sampling_and_several_versions_come_back() {
     call.sampling.logit_bias = vec![TokenBias { token: 3, bias: -100.0 }];
     call.sampling.stop_token_ids = vec![u32::MAX];
     let completion = std::sync::Arc::make_mut(call.result.as_mut().unwrap());
-    completion.tokens.as_mut().unwrap().token_versions = vec![PolicyVersion(9), PolicyVersion(10)];
+    let tokens = completion.tokens.as_mut().unwrap();
+    tokens.token_versions = vec![PolicyVersion(9), PolicyVersion(10)];
+    // JSON has no infinity.
+    tokens.log_probs = vec![-0.5, -0.25];
     let bytes = postcard::to_stdvec(&span).unwrap();
     assert_eq!(postcard::from_bytes::<Span>(&bytes).unwrap(), span);
     let json = serde_json::to_string(&span).unwrap();
