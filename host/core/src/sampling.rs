@@ -192,10 +192,6 @@ impl Sampling {
     /// These settings, with those of `given` wherever these have the default.
     #[must_use]
     pub fn or(self, given: &Self) -> Self {
-        fn list<T: Clone>(own: Vec<T>, given: &[T]) -> Vec<T> {
-            if own.is_empty() { given.to_vec() } else { own }
-        }
-
         let default = Self::default();
         let number = |own: f32, given: f32, default: f32| if own.to_bits() == default.to_bits() { given } else { own };
         let count = |own: u32, given: u32| if own == 0 { given } else { own };

@@ -236,7 +236,7 @@ impl Noise {
 }
 
 #[cfg(test)]
-#[expect(clippy::float_cmp, clippy::cast_possible_truncation, reason = "bits are what is tested, and they are f32")]
+#[expect(clippy::float_cmp, reason = "bits are what is tested")]
 mod tests {
     use fulgurite_core::llm::TokenBias;
 
