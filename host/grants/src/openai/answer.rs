@@ -163,6 +163,7 @@ fn tokens(answer: &Answer, choice: &Choice, usage: Usage) -> Option<TokenData> {
         processed_log_probs: vec![],
         // Weights of somebody else have no number here.
         policy_version: PolicyVersion(0),
+        token_versions: vec![],
     })
 }
 
