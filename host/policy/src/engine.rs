@@ -112,6 +112,8 @@ impl PolicyEngine {
     /// (`[out, in]` for projections). They are all checked before `read` is asked for the first tensor's values; it is asked
     /// for each once.
     ///
+    /// `seed` is of initial adapters; a config without them takes nothing from it.
+    ///
     /// # Errors
     /// When the shape, the tensors ([`PolicyError::UnfitTensors`] names all that do not fit), the tokenizer or a limit do not
     /// fit, or a thread cannot be started. Errors of `read` pass through.
@@ -120,11 +122,12 @@ impl PolicyEngine {
         tokenizer: PolicyTokenizer,
         shape: &ModelShape,
         found: &BTreeMap<String, Vec<usize>>,
+        seed: Seed,
         read: impl FnMut(&str) -> Result<Vec<f32>, PolicyError>,
     ) -> Result<Self, PolicyError> {
         // Checks device and limits; the shape itself is the model's.
         config.shape(shape.vocabulary)?;
-        Self::from_parameters(config, tokenizer, Parameters::from_tensors(shape, found, read)?, Seed::new(0))
+        Self::from_parameters(config, tokenizer, Parameters::from_tensors(shape, found, read)?, seed)
     }
 
     fn from_parameters(

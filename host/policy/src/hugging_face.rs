@@ -20,6 +20,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use fulgurite_core::llm::{Message, ToolSpec};
+use fulgurite_core::seed::Seed;
 use jiff::Zoned;
 use serde_json::{Map, Value};
 
@@ -175,7 +176,7 @@ impl ModelFolder {
     /// # Errors
     /// When the folder cannot hold conversations, a file has become unreadable, a limit does not fit, or a thread cannot be
     /// started.
-    pub fn engine(&self, config: &PolicyConfig) -> Result<PolicyEngine, PolicyError> {
+    pub fn engine(&self, config: &PolicyConfig, seed: Seed) -> Result<PolicyEngine, PolicyError> {
         let mut shape = self.description.shape.clone();
         if let Some(tokens) = config.context_tokens_max {
             if tokens > shape.context_tokens_max {
@@ -186,7 +187,8 @@ impl ModelFolder {
             shape.context_tokens_max = tokens;
         }
         let tokenizer = PolicyTokenizer::of_folder(&self.path)?;
-        PolicyEngine::from_tensors(config, tokenizer, &shape, &self.weights.sizes(), |name| self.weights.read(name))
+        let sizes = self.weights.sizes();
+        PolicyEngine::from_tensors(config, tokenizer, &shape, &sizes, seed, |name| self.weights.read(name))
     }
 
     /// The text of a conversation as `apply_chat_template` renders it. A template that asks for the date gets today's.

@@ -103,7 +103,7 @@ fn dims(tensors: &Tensors) -> BTreeMap<String, Vec<usize>> {
 fn engine(shape: &ModelShape, device: PolicyDevice) -> PolicyEngine {
     let (config, tensors) = (PolicyConfig { device, ..PolicyConfig::default() }, tensors(shape));
     let read = |name: &str| Ok(values(&tensors, name));
-    PolicyEngine::from_tensors(&config, tokenizer(), shape, &dims(&tensors), read).unwrap()
+    PolicyEngine::from_tensors(&config, tokenizer(), shape, &dims(&tensors), Seed::new(0), read).unwrap()
 }
 
 fn open(engine: &PolicyEngine, index: u64) -> Box<dyn LlmSession> {

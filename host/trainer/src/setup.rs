@@ -189,7 +189,7 @@ async fn fresh_policy(
     };
     // Reading or making weights and training a tokenizer are seconds of work that must not hold an async worker.
     let made = tokio::task::spawn_blocking(move || match start {
-        Start::Folder(directory) => ModelFolder::open(&directory)?.engine(&model),
+        Start::Folder(directory) => ModelFolder::open(&directory)?.engine(&model, seed.child("policy")),
         Start::Random(corpus, tokenizer) => {
             let settings = TokenizerConfig { vocab_size: tokenizer.vocab_size, atoms_pattern: tokenizer.atoms_pattern };
             let tokenizer = PolicyTokenizer::train(corpus.into_iter(), &settings)?;

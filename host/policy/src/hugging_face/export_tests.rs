@@ -32,7 +32,7 @@ async fn an_exported_policy_is_the_policy() {
     own.save(&at("own")).await.unwrap();
     let folders = ["llama3", "llama3-old-keys-bf16", "llama-sharded-f16", "mistral", "qwen2", "qwen3"];
     for name in folders {
-        let engine = ModelFolder::open(&fixture(name)).unwrap().engine(&config).unwrap();
+        let engine = ModelFolder::open(&fixture(name)).unwrap().engine(&config, Seed::new(0)).unwrap();
         engine.save(&at(name)).await.unwrap();
     }
     for name in folders.into_iter().chain(["own"]) {
@@ -95,10 +95,10 @@ fn nothing_is_overwritten_and_nothing_half_is_left() {
     assert!(error.contains("model") && error.contains("something already"), "{error}");
     // A context that the model does not have.
     let long = PolicyConfig { context_tokens_max: Some(129), ..PolicyConfig::default() };
-    let error = ModelFolder::open(&to).unwrap().engine(&long).unwrap_err().to_string();
+    let error = ModelFolder::open(&to).unwrap().engine(&long, Seed::new(0)).unwrap_err().to_string();
     assert!(error.contains("context_tokens_max") && error.contains("128"), "{error}");
     let short = PolicyConfig { context_tokens_max: Some(64), threads: 1, ..PolicyConfig::default() };
-    assert_eq!(ModelFolder::open(&to).unwrap().engine(&short).unwrap().context_tokens_max(), 64);
+    assert_eq!(ModelFolder::open(&to).unwrap().engine(&short, Seed::new(0)).unwrap().context_tokens_max(), 64);
     // A weight that half precision cannot hold.
     let halves = ExportOptions { file_type: Some(FileType::F16), ..options };
     let mut large = Parameters::initial(&config.shape(300).unwrap(), 0.02, Seed::new(1));
