@@ -117,7 +117,7 @@ impl Future for Sleep<'_> {
             self.ticket = Some(ticket);
         } else if self.clock.lock().first().is_none_or(|(earliest, _)| *earliest >= self.at_ns) {
             // Where the recorded attempt was ended before it had slept, this sleep never ends.
-            if !self.clock.progress.act() {
+            if !self.clock.progress.sleeps() {
                 return Poll::Pending;
             }
             self.clock.advance_to(self.at_ns);

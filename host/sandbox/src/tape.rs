@@ -524,6 +524,12 @@ impl Progress {
         may
     }
 
+    /// The guest's clock is about to move. False when the recorded one was ended before that, also where this has been seen
+    /// already and the guest is only about to be stopped.
+    pub(crate) fn sleeps(&self) -> bool {
+        self.tape.as_ref().is_none_or(|tape| !tape.was_cut()) && self.act()
+    }
+
     /// How much it has done.
     pub(crate) fn acts(&self) -> u64 {
         self.acts.load(Ordering::Relaxed)
