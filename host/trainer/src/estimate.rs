@@ -17,8 +17,13 @@ use crate::error::TrainError;
 use crate::progress::{ProgressEvent, ProgressSink};
 use crate::train::{TrainOptions, train};
 
-/// Steps of each stage that are rehearsed. The first is slower than the others (buffers are made) and not counted.
+/// Fewest steps of a stage that are rehearsed. The first is slower than the others (buffers are made) and not counted.
 const STEPS: u64 = 5;
+/// Part of a stage's steps that is rehearsed, as its divisor: a stage must learn enough for the next one to have something to
+/// do. A policy that is never rewarded is never trained, and such steps are short.
+const STEPS_DIVISOR: u64 = 10;
+/// Most steps of a stage that are rehearsed.
+const STEPS_MAX: u64 = 100;
 /// A stage of fewer steps than this for each rehearsed one is not worth a rehearsal.
 const STEPS_FOR_EACH_MIN: u64 = 8;
 /// Rollouts of each evaluation that are rehearsed.
@@ -135,8 +140,10 @@ fn rehearsable(config: &RunConfig) -> Result<(), NoEstimate> {
 /// The same run, shorter.
 fn rehearsal(config: &RunConfig) -> RunConfig {
     let mut config = config.clone();
-    for stage in config.stage.iter_mut().chain(&mut config.control) {
-        let steps = steps_of(stage).unwrap_or(STEPS).min(STEPS);
+    let controls = config.control.iter_mut().map(|control| (control, STEPS));
+    for (stage, steps_max) in config.stage.iter_mut().map(|stage| (stage, STEPS_MAX)).chain(controls) {
+        let own = steps_of(stage).unwrap_or(STEPS);
+        let steps = (own / STEPS_DIVISOR).clamp(STEPS, steps_max).min(own);
         stage.config.insert(STEPS_KEY.to_owned(), toml::Value::Integer(i64::try_from(steps).unwrap_or(i64::MAX)));
         stage.tokens_of = None;
     }
