@@ -179,14 +179,8 @@ pub(crate) fn add_rows(dy: &[f32], width: usize, first: usize, out: &mut [f32]) 
 
 #[cfg(test)]
 mod tests {
-    use fulgurite_core::seed::{Generator, Seed};
-
     use super::*;
-
-    fn draws(len: usize, seed: u64) -> Vec<f32> {
-        let mut generator = Generator::new(Seed::new(seed));
-        (0..len).map(|_| generator.below(2_001) as f32 / 1_000.0 - 1.0).collect()
-    }
+    use crate::kernel::draws;
 
     #[test]
     fn the_outer_product_is_right_for_every_remainder() {

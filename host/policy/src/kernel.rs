@@ -504,17 +504,17 @@ impl WithSimd for Probabilities<'_> {
     }
 }
 
+/// Numbers from -1 to 1 for the tests of kernels.
+#[cfg(test)]
+pub(crate) fn draws(len: usize, seed: u64) -> Vec<f32> {
+    let mut generator = fulgurite_core::seed::Generator::new(fulgurite_core::seed::Seed::new(seed));
+    (0..len).map(|_| generator.below(2_001) as f32 / 1_000.0 - 1.0).collect()
+}
+
 #[cfg(test)]
 #[expect(clippy::float_cmp, reason = "bits are what is tested")]
 mod tests {
-    use fulgurite_core::seed::{Generator, Seed};
-
     use super::*;
-
-    fn draws(len: usize, seed: u64) -> Vec<f32> {
-        let mut generator = Generator::new(Seed::new(seed));
-        (0..len).map(|_| generator.below(2_001) as f32 / 1_000.0 - 1.0).collect()
-    }
 
     #[test]
     fn multiplication_is_right_and_its_bits_do_not_depend_on_the_batch() {

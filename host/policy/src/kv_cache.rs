@@ -307,14 +307,8 @@ impl<'a> Values<'a> {
 
 #[cfg(test)]
 mod tests {
-    use fulgurite_core::seed::{Generator, Seed};
-
     use super::*;
-
-    fn draws(len: usize, seed: u64) -> Vec<f32> {
-        let mut generator = Generator::new(Seed::new(seed));
-        (0..len).map(|_| generator.below(2_001) as f32 / 1_000.0 - 1.0).collect()
-    }
+    use crate::kernel::draws;
 
     #[test]
     fn attention_is_softmax_over_keys() {

@@ -91,6 +91,28 @@ pub(crate) struct RowScratch {
     d_values: Vec<f32>,
 }
 
+/// Something that is computed head by head in tiles of `V` vectors by `R` rows.
+trait ByHeads {
+    fn heads<S: Simd, const V: usize, const R: usize>(self, simd: S);
+}
+
+/// Chooses the tile that fits the machine's vectors.
+struct Tiled<T>(T);
+
+impl<T: ByHeads> WithSimd for Tiled<T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        match S::F32_LANES {
+            16 => self.0.heads::<S, 2, 8>(simd),
+            8 => self.0.heads::<S, 4, 2>(simd),
+            4 => self.0.heads::<S, 8, 2>(simd),
+            _ => self.0.heads::<S, 32, 1>(simd),
+        }
+    }
+}
+
 /// Causal attention of one row.
 pub(crate) struct RowAttention<'a> {
     pub(crate) row: RowProjections<'a>,
@@ -104,25 +126,11 @@ impl RowAttention<'_> {
     pub(crate) fn run(self) {
         self.row.check();
         assert!(self.mixed.len() == self.row.length() * self.row.query_width);
-        dispatch(self);
+        dispatch(Tiled(self));
     }
 }
 
-impl WithSimd for RowAttention<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        match S::F32_LANES {
-            16 => self.heads::<S, 2, 8>(simd),
-            8 => self.heads::<S, 4, 2>(simd),
-            4 => self.heads::<S, 8, 2>(simd),
-            _ => self.heads::<S, 32, 1>(simd),
-        }
-    }
-}
-
-impl RowAttention<'_> {
+impl ByHeads for RowAttention<'_> {
     #[inline(always)]
     fn heads<S: Simd, const V: usize, const R: usize>(self, simd: S) {
         let Self { row, scratch, mixed } = self;
@@ -293,25 +301,11 @@ impl RowAttentionBackward<'_> {
         self.row.check();
         assert!(self.mixed.len() == self.row.length() * self.row.query_width && self.d_mixed.len() == self.mixed.len());
         assert!(self.d_projected.len() == self.row.projected.len());
-        dispatch(self);
+        dispatch(Tiled(self));
     }
 }
 
-impl WithSimd for RowAttentionBackward<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        match S::F32_LANES {
-            16 => self.heads::<S, 2, 8>(simd),
-            8 => self.heads::<S, 4, 2>(simd),
-            4 => self.heads::<S, 8, 2>(simd),
-            _ => self.heads::<S, 32, 1>(simd),
-        }
-    }
-}
-
-impl RowAttentionBackward<'_> {
+impl ByHeads for RowAttentionBackward<'_> {
     #[inline(always)]
     fn heads<S: Simd, const V: usize, const R: usize>(self, simd: S) {
         let Self { row, mixed, d_mixed, scratch, d_projected } = self;
@@ -455,15 +449,9 @@ fn add_transposed<S: Simd, const V: usize, const R: usize>(
 
 #[cfg(test)]
 mod tests {
-    use fulgurite_core::seed::{Generator, Seed};
-
     use super::*;
+    use crate::kernel::draws;
     use crate::kv_cache::{BlockAttention, BlockLayout, KvCache};
-
-    fn draws(len: usize, seed: u64) -> Vec<f32> {
-        let mut generator = Generator::new(Seed::new(seed));
-        (0..len).map(|_| generator.below(2_001) as f32 / 1_000.0 - 1.0).collect()
-    }
 
     /// Heads, key heads, width of a head, length, window.
     const CASES: [(usize, usize, usize, usize, usize); 8] = [
