@@ -5,9 +5,7 @@
 #[path = "support.rs"]
 mod support;
 
-use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::Stdio;
 
 use serde_json::Value;
 use support::{Bench, root};
@@ -67,17 +65,7 @@ fn a_folder_is_trained_resumed_exported_and_used_again() {
     assert_eq!(pinned["weights"], whole["initial"]["weights"]);
     for (number, lines) in [2, 4].into_iter().enumerate() {
         let run = format!("killed-{number}");
-        let mut child = bench
-            .command(&["train", "run.toml", "--run", &run])
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let stderr = BufReader::new(child.stderr.take().unwrap());
-        let seen = stderr.lines().map_while(Result::ok).take(lines).count();
-        child.kill().unwrap();
-        child.wait().unwrap();
-        assert_eq!(seen, lines, "the run ended before it was killed");
+        bench.train_until(&run, lines);
         let resumed = bench.succeed(&["train", "run.toml", "--run", &run, "--resume", "--output", "json"]).json();
         assert_eq!(bench.read("whole/metrics.jsonl"), bench.read(&format!("{run}/metrics.jsonl")), "{run}");
         assert_eq!(weights(&whole, 1), weights(&resumed, 1), "{run}");

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test binary uses a part of this")]
 
 use std::fmt::Write as _;
+use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -31,6 +32,17 @@ impl Bench {
         bench.jsonl("demonstrations", &data.demonstrations[..demonstrations]);
         bench.write("run.toml", &config());
         bench
+    }
+
+    /// Trains in the folder `run` and kills it after so many lines of progress.
+    pub(crate) fn train_until(&self, run: &str, lines: usize) {
+        let arguments = ["train", "run.toml", "--run", run];
+        let mut child = self.command(&arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let stderr = BufReader::new(child.stderr.take().unwrap());
+        let seen = stderr.lines().map_while(Result::ok).take(lines).count();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(seen, lines, "the run ended before it was killed");
     }
 
     /// The folder.

@@ -62,13 +62,7 @@ fn killed_at_any_moment_a_resumed_run_ends_where_an_uninterrupted_one_ends() {
     // Kills after this many lines of progress: in the initial evaluation, inside each stage, and behind them.
     for (number, lines) in [1, 3, 5, 7].into_iter().enumerate() {
         let run = format!("killed-{number}");
-        let arguments = ["train", "run.toml", "--run", &run];
-        let mut child = bench.command(&arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-        let stderr = BufReader::new(child.stderr.take().unwrap());
-        let seen = stderr.lines().map_while(Result::ok).take(lines).count();
-        child.kill().unwrap();
-        child.wait().unwrap();
-        assert_eq!(seen, lines, "the run ended before it was killed");
+        bench.train_until(&run, lines);
         let resumed = bench.succeed(&["train", "run.toml", "--run", &run, "--resume", "--output", "json"]).json();
         assert_eq!(bench.read("whole/metrics.jsonl"), bench.read(&format!("{run}/metrics.jsonl")), "{run}");
         assert_eq!(weights(&whole), weights(&resumed), "{run}");
