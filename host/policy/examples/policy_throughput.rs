@@ -1,6 +1,6 @@
 //! Measures decode and training throughput of the tiny policy through the public interface.
 //!
-//! `cargo run --release -p fulgurite-policy --example throughput [decode|train]`
+//! `cargo run --release -p fulgurite-policy --example policy_throughput [decode|train]`
 
 use std::time::Instant;
 

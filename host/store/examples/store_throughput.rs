@@ -1,6 +1,6 @@
 //! Measures the store on this machine's disk.
 //!
-//! `cargo run --release -p fulgurite-store --example throughput [DIR]`
+//! `cargo run --release -p fulgurite-store --example store_throughput [DIR]`
 
 use std::path::PathBuf;
 
