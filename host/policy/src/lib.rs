@@ -61,6 +61,7 @@ mod shape;
 mod split;
 mod sums;
 mod template;
+mod text_cache;
 mod tokenizer;
 mod train;
 #[cfg(test)]

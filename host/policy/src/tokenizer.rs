@@ -27,6 +27,7 @@ use tokenizers::{
 use crate::error::PolicyError;
 use crate::hugging_face::dialect::FolderDialect;
 use crate::template::ChatTemplate;
+use crate::text_cache::TextCache;
 
 /// Ends every message; the policy draws it to end its turn.
 pub(crate) const END: &str = "<|end|>";
@@ -37,11 +38,6 @@ pub(crate) const TOOL_CALL_CLOSE: &str = "</tool_call>";
 /// Control tokens in the order of their ids, from 0.
 pub(crate) const CONTROL_TOKENS: [&str; 7] =
     [END, "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", TOOL_CALL_OPEN, TOOL_CALL_CLOSE];
-
-/// Distinct texts whose ids are remembered; the cache starts anew when it is full.
-const CACHE_ENTRIES_MAX: usize = 8_192;
-/// Longer texts are not remembered, in bytes.
-const CACHE_TEXT_BYTES_MAX: usize = 2_048;
 
 /// How a tokenizer is trained.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,7 +69,7 @@ struct Inner {
     /// Bytes of every id.
     bytes: Vec<Vec<u8>>,
     token_bytes_max: usize,
-    cache: Mutex<HashMap<String, Arc<[u32]>>>,
+    cache: Mutex<TextCache>,
 }
 
 /// How conversations become ids, and ids answers.
@@ -321,19 +317,13 @@ impl PolicyTokenizer {
     /// When the tokenizer itself fails.
     pub fn encode(&self, text: &str) -> Result<Arc<[u32]>, PolicyError> {
         if let Some(ids) = self.cache().get(text) {
-            return Ok(ids.clone());
+            return Ok(ids);
         }
         let ids: Arc<[u32]> = match &self.inner.dialect {
             Dialect::Own { .. } => self.inner.tokenizer.encode_fast(text, false).map_err(failed)?.get_ids().into(),
             Dialect::Folder(folder) => folder.encode_text(&self.inner.tokenizer, text)?.into(),
         };
-        if text.len() <= CACHE_TEXT_BYTES_MAX {
-            let mut cache = self.cache();
-            if cache.len() >= CACHE_ENTRIES_MAX {
-                cache.clear();
-            }
-            cache.insert(text.to_owned(), ids.clone());
-        }
+        self.cache().remember(text, &ids);
         Ok(ids)
     }
 
@@ -433,7 +423,7 @@ impl PolicyTokenizer {
         role.as_str()
     }
 
-    fn cache(&self) -> std::sync::MutexGuard<'_, HashMap<String, Arc<[u32]>>> {
+    fn cache(&self) -> std::sync::MutexGuard<'_, TextCache> {
         self.inner.cache.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
