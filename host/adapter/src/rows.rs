@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use fulgurite_core::algorithm::{BatchEntry, Scope, Weights};
 use fulgurite_core::id::TransitionId;
-use fulgurite_core::llm::{NotTrainable, TokenData};
+use fulgurite_core::llm::{KeptTokens, NotTrainable, TokenData};
 use fulgurite_core::training::{Stream, TrainingRow};
 
 use crate::error::AdapterError;
@@ -118,6 +118,7 @@ fn sequence_rows(sequence: &Sequence, number: u32) -> Result<Vec<(TrainingRow, T
                 stream,
                 temperature: part.transition.temperature,
                 policy_version: part.tokens.policy_version,
+                kept: KeptTokens::default(),
             };
             append(&mut row, &part);
             of_stream.push((row, part.transition.id.clone()));
@@ -207,7 +208,7 @@ fn append(row: &mut TrainingRow, part: &Part<'_>) {
     for (place, id) in part.tokens.prompt_ids.iter().enumerate() {
         let weight = if place >= transition.observed_from { observed.as_mut().and_then(Iterator::next) } else { None };
         if place >= row.ids.len() {
-            push(row, *id, weight, 0.0);
+            push(row, *id, weight, 0.0, &[]);
         }
     }
     let mut sampled = part.sampled.map(|weights| WeightList::new(weights, transition.sampled_tokens()));
@@ -215,8 +216,8 @@ fn append(row: &mut TrainingRow, part: &Part<'_>) {
         let in_scope = transition.mask.is_empty() || transition.mask.get(place).copied().unwrap_or(false);
         let weight = if in_scope { sampled.as_mut().and_then(Iterator::next) } else { None };
         // Only demonstrations lack log-probs, and they are never asked for theirs.
-        let log_prob = part.tokens.log_probs.get(place).copied().unwrap_or(0.0);
-        push(row, *id, weight, log_prob);
+        let log_prob = part.tokens.behaviour_log_probs().get(place).copied().unwrap_or(0.0);
+        push(row, *id, weight, log_prob, part.tokens.kept.at(place).unwrap_or_default());
     }
 }
 
@@ -251,9 +252,14 @@ impl Iterator for WeightList<'_> {
 }
 
 /// Adds one token: trained with its weight and log-prob, or context.
-fn push(row: &mut TrainingRow, id: u32, weight: Option<f32>, log_prob: f32) {
+fn push(row: &mut TrainingRow, id: u32, weight: Option<f32>, log_prob: f32, kept: &[u32]) {
     // Nothing predicts the first token of a row.
     let weight = weight.filter(|_| !row.ids.is_empty());
+    let kept = if weight.is_some() { kept } else { &[] };
+    if !row.kept.is_empty() || !kept.is_empty() {
+        row.kept.keep_all_up_to(row.ids.len());
+        row.kept.push(kept);
+    }
     row.ids.push(id);
     row.mask.push(weight.is_some());
     row.weights.push(weight.unwrap_or(0.0));

@@ -1,7 +1,7 @@
 //! Spans to transitions: one per LLM call that was answered.
 
 use fulgurite_core::id::{PolicyVersion, ResponseId, TransitionId};
-use fulgurite_core::llm::{Completion, NotTrainable, Sampling, TokenData};
+use fulgurite_core::llm::{Completion, KeptTokens, NotTrainable, Sampling, TokenData};
 use fulgurite_core::reward::Reward;
 use fulgurite_core::span::{LlmCall, Span, SpanBody};
 
@@ -59,6 +59,7 @@ impl Transition {
             processed_log_probs: vec![],
             policy_version: PolicyVersion::default(),
             token_versions: vec![],
+            kept: KeptTokens::default(),
         };
         Self {
             id,
@@ -113,7 +114,9 @@ impl Transition {
     /// Sum of the log-probs (nats) under the weights that drew it; 0 for demonstrations.
     #[must_use]
     pub fn log_prob_sum(&self) -> f64 {
-        self.tokens.as_ref().map_or(0.0, |tokens| tokens.log_probs.iter().map(|log_prob| f64::from(*log_prob)).sum())
+        self.tokens
+            .as_ref()
+            .map_or(0.0, |tokens| tokens.behaviour_log_probs().iter().map(|log_prob| f64::from(*log_prob)).sum())
     }
 
     /// The weights that drew it.
@@ -159,8 +162,18 @@ impl Transition {
 fn is_consistent(tokens: &TokenData) -> bool {
     // Rounding may put a certain token slightly above 0.
     const LOG_PROB_MAX: f32 = 1e-3;
-    tokens.log_probs.len() == tokens.completion_ids.len()
-        && tokens.log_probs.iter().all(|log_prob| log_prob.is_finite() && *log_prob <= LOG_PROB_MAX)
+    let tokens_count = tokens.completion_ids.len();
+    let is_valid = |log_probs: &[f32]| {
+        log_probs.len() == tokens_count
+            && log_probs.iter().all(|log_prob| log_prob.is_finite() && *log_prob <= LOG_PROB_MAX)
+    };
+    let drawn = || tokens.completion_ids.iter().enumerate();
+    let was_kept = |(place, id): (usize, &u32)| tokens.kept.at(place).is_none_or(|kept| kept.binary_search(id).is_ok());
+    is_valid(&tokens.log_probs)
+        && is_valid(tokens.behaviour_log_probs())
+        && (tokens.kept.is_empty() || tokens.kept.len() == tokens_count)
+        && tokens.kept.is_sound()
+        && drawn().all(was_kept)
 }
 
 /// The temperature at which log-probs were taken: the call's own, or the rollout's where the call left it at its

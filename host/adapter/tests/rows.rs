@@ -9,7 +9,7 @@ use fulgurite_core::algorithm::{BatchEntry, Scope, Weights};
 use fulgurite_core::id::{
     AttemptKey, AttemptNumber, PolicyVersion, ResponseId, RolloutId, SpanId, TraceId, TransitionId,
 };
-use fulgurite_core::llm::{Completion, FinishReason, LlmError, NotTrainable, Sampling, TokenData, Usage};
+use fulgurite_core::llm::{Completion, FinishReason, KeptTokens, LlmError, NotTrainable, Sampling, TokenData, Usage};
 use fulgurite_core::reward::{Reward, RewardSource};
 use fulgurite_core::span::{LlmCall, Span, SpanBody, SpanKind, SpanStatus};
 use fulgurite_core::training::{Stream, TrainingRow};
@@ -65,6 +65,7 @@ fn completion(call_index: u64, prompt: &[u32], drawn: &[u32]) -> Completion {
             processed_log_probs: vec![],
             policy_version: PolicyVersion(3),
             token_versions: vec![],
+            kept: KeptTokens::default(),
         }),
         not_trainable: None,
     }
@@ -326,10 +327,41 @@ fn a_call_whose_numbers_do_not_fit_cannot_be_trained_on() {
         assert_eq!(transition.not_trainable, Some(NotTrainable::NoTokenIds));
         assert!(!transition.is_trainable() && transition.tokens.is_none());
     }
+    // Sets that are not sound, not one for each token, or without the token that was drawn from them.
+    let wrong: [&[&[u32]]; 3] = [&[&[2]], &[&[2], &[4]], &[&[2], &[3, 3]]];
+    for sets in wrong {
+        let transition = with(&|call| {
+            let tokens = Arc::make_mut(call.result.as_mut().unwrap()).tokens.as_mut().unwrap();
+            tokens.processed_log_probs = vec![-0.1, -0.1];
+            sets.iter().for_each(|set| tokens.kept.push(set));
+        });
+        assert_eq!(transition.not_trainable, Some(NotTrainable::NoTokenIds), "{sets:?}");
+    }
     let elsewhere = with(&|call| call.endpoint = Some("judge".to_owned()));
     assert_eq!(elsewhere.not_trainable, Some(NotTrainable::OtherEndpoint));
     let scripted = with(&|call| Arc::make_mut(call.result.as_mut().unwrap()).tokens = None);
     assert_eq!(scripted.not_trainable, Some(NotTrainable::NoTokenIds));
+}
+
+#[test]
+fn tokens_drawn_from_less_than_all_have_their_sets_and_their_log_probs_in_the_row() {
+    let mut first = completion(0, &[1], &[2, 3]);
+    let data = first.tokens.as_mut().unwrap();
+    data.processed_log_probs = vec![-0.25, -0.125];
+    data.kept.push(&[2, 8]);
+    data.kept.push(&[]);
+    let calls = [first, completion(1, &[1, 2, 3, 4], &[5]), completion(2, &[1, 2, 3, 4, 5], &[6])];
+    let spans: Vec<Span> = (0..).zip(calls).map(|(index, call)| span(index, "solver", Ok(call))).collect();
+    let calls = transitions(&spans, &[]);
+    assert!((calls[0].log_prob_sum() + 0.375).abs() < 1e-9);
+    let built = rows(&[sequence(&calls, 1.0)], NO_LIMIT).unwrap();
+    let [row] = built.as_slice() else { panic!("{built:?}") };
+    assert_eq!(row.behaviour_log_probs, [0.0, -0.25, -0.125, 0.0, log_prob(1, 0), log_prob(2, 0)]);
+    let kept: Vec<_> = (0..6).map(|at| row.kept.at(at)).collect();
+    assert_eq!((kept, row.kept.len()), (vec![None, Some(&[2, 8][..]), None, None, None, None], 6));
+    // A call left out is context, and context has no set.
+    let built = rows(&[sequence(&calls[1..], 1.0)], NO_LIMIT).unwrap();
+    assert!(built[0].kept.is_empty());
 }
 
 /// How a random call begins: with the whole of an earlier call and something observed, or afresh.

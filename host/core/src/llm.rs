@@ -6,6 +6,8 @@ use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 
 use crate::id::{AttemptKey, PolicyVersion, ResponseId};
+pub use crate::kept_tokens::KeptTokens;
+pub use crate::llm_stream::{LlmStream, whole_answer};
 pub use crate::sampling::{Constraint, Sampling, TokenBias};
 use crate::seed::Seed;
 
@@ -115,6 +117,9 @@ pub enum FinishReason {
     Length,
     /// The model's context was full.
     ContextLength,
+    /// Whoever asked dropped the call when it had read a part of the answer, and that part is what is recorded. Cases may
+    /// only be added behind this one: it is recorded by its number.
+    Cancelled,
 }
 
 /// Tokens of one call.
@@ -144,6 +149,19 @@ pub struct TokenData {
     /// The weights that drew each token; empty when they were the same for all. `log_probs` are each token's under its own.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub token_versions: Vec<PolicyVersion>,
+    /// The tokens that each one was drawn from; empty when that was all of them for each, or when it was not recorded
+    /// ([`NotTrainable::TruncatedSampling`]).
+    #[serde(default, skip_serializing_if = "KeptTokens::is_empty")]
+    pub kept: KeptTokens,
+}
+
+impl TokenData {
+    /// Log-probability (nats) of each token under the policy that drew it, as a trainer can compute it again: over what was
+    /// kept, where that is recorded.
+    #[must_use]
+    pub fn behaviour_log_probs(&self) -> &[f32] {
+        if self.kept.is_empty() { &self.log_probs } else { &self.processed_log_probs }
+    }
 }
 
 /// [`Completion::tokens`] where fields have no names. Cases may only be added behind the others, as in
@@ -153,7 +171,7 @@ mod token_format {
 
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-    use super::TokenData;
+    use super::{KeptTokens, TokenData};
     use crate::id::PolicyVersion;
 
     #[derive(Serialize, Deserialize)]
@@ -162,6 +180,8 @@ mod token_format {
         One(Positional<'a>),
         /// Since schema 3 of the store.
         Swapped(Positional<'a>, Cow<'a, [PolicyVersion]>),
+        /// Since schema 4 of the store.
+        Kept(Positional<'a>, Cow<'a, [PolicyVersion]>, Cow<'a, KeptTokens>),
     }
 
     #[derive(Serialize, Deserialize)]
@@ -174,7 +194,7 @@ mod token_format {
     }
 
     impl Positional<'_> {
-        fn into_data(self, token_versions: Vec<PolicyVersion>) -> TokenData {
+        fn into_data(self, token_versions: Vec<PolicyVersion>, kept: KeptTokens) -> TokenData {
             TokenData {
                 prompt_ids: self.prompt_ids.into_owned(),
                 completion_ids: self.completion_ids.into_owned(),
@@ -182,6 +202,7 @@ mod token_format {
                 processed_log_probs: self.processed_log_probs.into_owned(),
                 policy_version: self.policy_version,
                 token_versions,
+                kept,
             }
         }
     }
@@ -199,10 +220,13 @@ mod token_format {
             processed_log_probs: Cow::Borrowed(&tokens.processed_log_probs),
             policy_version: tokens.policy_version,
         };
-        let wire = if tokens.token_versions.is_empty() {
-            Tokens::One(positional)
+        let versions = Cow::Borrowed(tokens.token_versions.as_slice());
+        let wire = if !tokens.kept.is_empty() {
+            Tokens::Kept(positional, versions, Cow::Borrowed(&tokens.kept))
+        } else if !versions.is_empty() {
+            Tokens::Swapped(positional, versions)
         } else {
-            Tokens::Swapped(positional, Cow::Borrowed(&tokens.token_versions))
+            Tokens::One(positional)
         };
         wire.serialize(serializer)
     }
@@ -213,8 +237,9 @@ mod token_format {
         }
         Ok(match Tokens::deserialize(deserializer)? {
             Tokens::Nothing => None,
-            Tokens::One(tokens) => Some(tokens.into_data(vec![])),
-            Tokens::Swapped(tokens, versions) => Some(tokens.into_data(versions.into_owned())),
+            Tokens::One(tokens) => Some(tokens.into_data(vec![], KeptTokens::default())),
+            Tokens::Swapped(tokens, versions) => Some(tokens.into_data(versions.into_owned(), KeptTokens::default())),
+            Tokens::Kept(tokens, versions, kept) => Some(tokens.into_data(versions.into_owned(), kept.into_owned())),
         })
     }
 }
@@ -319,4 +344,10 @@ pub trait LlmSession: Send + Sync {
     /// Asks the model. `call_index` counts the calls of the attempt from 0 and names the response.
     fn chat(&self, call_index: u64, request: Arc<ChatRequest>)
     -> BoxFuture<'static, Result<Arc<Completion>, LlmError>>;
+
+    /// Asks the model for an answer that can be read while it is drawn. A model that does not tell until it has ended, which
+    /// is the default, hands out no text before.
+    fn stream(&self, call_index: u64, request: Arc<ChatRequest>) -> Box<dyn LlmStream> {
+        whole_answer(self.chat(call_index, request))
+    }
 }

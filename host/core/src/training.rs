@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::id::PolicyVersion;
+use crate::kept_tokens::KeptTokens;
 
 /// What a row's weights multiply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -40,6 +41,9 @@ pub struct TrainingRow {
     pub temperature: f32,
     /// The weights that drew it.
     pub policy_version: PolicyVersion,
+    /// The tokens that each one was drawn from, where not from all: log-probs and entropy are of the softmax over these then.
+    /// Empty, or one place per id.
+    pub kept: KeptTokens,
 }
 
 /// How the policy-gradient stream turns ratio and advantage into a loss (ALGORITHMS.md section 3).

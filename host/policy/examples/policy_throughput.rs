@@ -5,7 +5,7 @@
 use std::time::Instant;
 
 use fulgurite_core::id::{AttemptKey, AttemptNumber, PolicyVersion, RolloutId};
-use fulgurite_core::llm::{ChatRequest, LlmSession, Message, Role, Sampling, SessionInfo};
+use fulgurite_core::llm::{ChatRequest, KeptTokens, LlmSession, Message, Role, Sampling, SessionInfo};
 use fulgurite_core::seed::Seed;
 use fulgurite_core::training::{Aggregation, LossSpec, OptimiserStep, PolicyLoss, Stream, TrainingRow};
 use fulgurite_policy::{PolicyConfig, PolicyEngine, PolicyTokenizer, TokenizerConfig};
@@ -138,6 +138,7 @@ fn training_rows(engine: &PolicyEngine, lengths: &[usize]) -> Vec<TrainingRow> {
                 stream: Stream::Rl,
                 temperature: 1.0,
                 policy_version: PolicyVersion(0),
+                kept: KeptTokens::default(),
             }
         })
         .collect()

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use fulgurite_core::id::PolicyVersion;
+use fulgurite_core::llm::KeptTokens;
 use fulgurite_core::seed::{Generator, Seed};
 use fulgurite_core::training::{LossSpec, Stream, TrainingRow};
 
@@ -288,6 +289,7 @@ fn gradient(device: PolicyDevice, parameters: &Arc<Parameters>, rows: &[Vec<u32>
             stream: Stream::Ce,
             temperature: 1.0,
             policy_version: PolicyVersion(0),
+            kept: KeptTokens::default(),
         })
         .collect();
     let runner = BatchRunner::new(&config(device), Arc::new(RotaryTable::new(&parameters.shape))).unwrap();

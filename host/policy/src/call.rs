@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use fulgurite_core::id::PolicyVersion;
-use fulgurite_core::llm::{FinishReason, LlmError, Sampling};
+use fulgurite_core::llm::{FinishReason, KeptTokens, LlmError, Sampling};
 use fulgurite_core::seed::Seed;
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 
 use crate::constraint::Progress;
 use crate::sampler::{self, Draw, Drawn};
@@ -21,6 +21,17 @@ pub(crate) struct Request {
     pub(crate) seed: Seed,
     /// Where the completion stands in the shape that it must have.
     pub(crate) progress: Option<Progress>,
+    /// Where each token goes as soon as it is drawn, but for the one that ends the completion. It must have room for as many
+    /// as the context holds: a slow reader holds nobody up.
+    pub(crate) listener: Option<mpsc::Sender<Piece>>,
+}
+
+/// A token of a completion that goes on.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Piece {
+    pub(crate) drawn: Drawn,
+    /// The weights that drew it.
+    pub(crate) version: PolicyVersion,
 }
 
 /// What a call drew.
@@ -30,6 +41,8 @@ pub(crate) struct Generated {
     pub(crate) completion: Vec<u32>,
     pub(crate) log_probs: Vec<f32>,
     pub(crate) processed_log_probs: Vec<f32>,
+    /// What each token was drawn from, where some were drawn from less than all.
+    pub(crate) kept: KeptTokens,
     pub(crate) finish: FinishReason,
     /// Bytes of the completion's text before a stop text.
     pub(crate) stop_at_byte: Option<usize>,
@@ -37,6 +50,8 @@ pub(crate) struct Generated {
     pub(crate) stop_tokens: usize,
     /// Whether a token was drawn from another distribution than the softmax at the temperature.
     pub(crate) altered: bool,
+    /// Whether that was so for reasons that `kept` does not tell.
+    pub(crate) is_unexplained: bool,
     /// The weights that drew the first token.
     pub(crate) version: PolicyVersion,
     /// The weights that drew each token; empty when they were the same for all.
@@ -78,7 +93,9 @@ pub(crate) struct Call {
     pub(crate) ids: Vec<u32>,
     log_probs: Vec<f32>,
     processed_log_probs: Vec<f32>,
+    kept: KeptTokens,
     altered: bool,
+    is_unexplained: bool,
     text: Vec<u8>,
     /// Where in the completion which weights took over.
     versions: Vec<(usize, PolicyVersion)>,
@@ -107,6 +124,8 @@ impl Call {
             log_probs: vec![],
             processed_log_probs: vec![],
             altered: false,
+            is_unexplained: false,
+            kept: KeptTokens::default(),
             text: vec![],
             versions: vec![],
             seen,
@@ -131,16 +150,31 @@ impl Call {
             seed: self.request.seed,
             position: self.completion().len() as u64,
             seen: &self.seen,
+            kept_tokens_max: scheduler.kept_tokens_max,
             allowed: mask.is_some().then_some(&allowed as sampler::Allowed<'_>),
         };
         let drawn = sampler::draw(logits, &draw)
             .ok_or_else(|| LlmError::Unavailable("the policy's logits are not finite".to_owned()))?;
-        let end = self.take_in(drawn, &scheduler.tokenizer);
-        let Some(progress) = self.request.progress.as_mut().filter(|_| end.is_none()) else { return Ok(end) };
-        Ok(progress.advance(drawn.token)?.then_some(End::Model))
+        let mut end = self.take_in(&drawn, &scheduler.tokenizer);
+        if let Some(progress) = self.request.progress.as_mut().filter(|_| end.is_none()) {
+            end = progress.advance(drawn.token)?.then_some(End::Model);
+        }
+        if end.is_none() {
+            self.tell(drawn);
+        }
+        Ok(end)
     }
 
-    fn take_in(&mut self, drawn: Drawn, tokenizer: &PolicyTokenizer) -> Option<End> {
+    fn tell(&mut self, drawn: Drawn) {
+        let version = self.versions.last().map(|(_, version)| *version).unwrap_or_default();
+        let told = self.request.listener.as_ref().is_none_or(|to| to.try_send(Piece { drawn, version }).is_ok());
+        if !told {
+            // Nobody listens any more: the text is in the answer, for whoever waits for that.
+            self.request.listener = None;
+        }
+    }
+
+    fn take_in(&mut self, drawn: &Drawn, tokenizer: &PolicyTokenizer) -> Option<End> {
         let weights = self.weights.as_ref()?;
         let (version, context_tokens_max) = (weights.decoder.version, weights.decoder.shape.context_tokens_max);
         if self.versions.last().is_none_or(|(_, last)| *last != version) {
@@ -150,6 +184,8 @@ impl Call {
         self.log_probs.push(drawn.log_prob);
         self.processed_log_probs.push(drawn.processed_log_prob);
         self.altered |= drawn.altered;
+        self.is_unexplained |= drawn.is_unexplained();
+        self.kept.push(&drawn.kept);
         let sampling = &self.request.sampling;
         if sampling.repetition_penalty.to_bits() != 1.0_f32.to_bits()
             && let Err(at) = self.seen.binary_search(&drawn.token)
@@ -192,14 +228,7 @@ impl Call {
     pub(crate) fn finish(mut self, end: End, scheduler: &Scheduler) {
         let completion = self.ids.split_off(self.request.prompt.len().min(self.ids.len()));
         scheduler.counters.completion_tokens.fetch_add(completion.len() as u64, Ordering::Relaxed);
-        let version = self.versions.first().map(|(_, version)| *version).unwrap_or_default();
-        let mut token_versions = vec![];
-        if self.versions.len() > 1 {
-            let ends = self.versions.iter().skip(1).map(|(from, _)| *from).chain([completion.len()]);
-            for ((_, version), end) in self.versions.iter().zip(ends) {
-                token_versions.resize(end, *version);
-            }
-        }
+        let (version, token_versions) = versions(&self.versions, completion.len());
         let generated = Generated {
             prompt: self.request.prompt,
             completion,
@@ -213,6 +242,8 @@ impl Call {
             stop_at_byte: if let End::StopText(at) = end { Some(at) } else { None },
             stop_tokens: usize::from(end == End::StopToken),
             altered: self.altered,
+            is_unexplained: self.is_unexplained,
+            kept: self.kept,
             version,
             token_versions,
         };
@@ -220,5 +251,47 @@ impl Call {
         drop(self.ticket);
         // A caller that has gone away needs no answer.
         drop(self.reply.send(Ok(generated)));
+    }
+}
+
+/// The first of some versions, and that of each of `tokens` tokens where they are several. Each stands with the first token that
+/// it drew.
+fn versions(of: &[(usize, PolicyVersion)], tokens: usize) -> (PolicyVersion, Vec<PolicyVersion>) {
+    let mut each = vec![];
+    if of.len() > 1 {
+        let ends = of.iter().skip(1).map(|(from, _)| *from).chain([tokens]);
+        for ((_, version), end) in of.iter().zip(ends) {
+            each.resize(end, *version);
+        }
+    }
+    (of.first().map(|(_, version)| *version).unwrap_or_default(), each)
+}
+
+impl Generated {
+    /// What the pieces of a completion are by themselves.
+    pub(crate) fn of_pieces(prompt: Arc<[u32]>, pieces: &[Piece]) -> Self {
+        let mut changes: Vec<(usize, PolicyVersion)> = vec![];
+        for (at, piece) in pieces.iter().enumerate() {
+            if changes.last().is_none_or(|(_, last)| *last != piece.version) {
+                changes.push((at, piece.version));
+            }
+        }
+        let (version, token_versions) = versions(&changes, pieces.len());
+        let mut kept = KeptTokens::default();
+        pieces.iter().for_each(|piece| kept.push(&piece.drawn.kept));
+        Self {
+            prompt,
+            completion: pieces.iter().map(|piece| piece.drawn.token).collect(),
+            log_probs: pieces.iter().map(|piece| piece.drawn.log_prob).collect(),
+            processed_log_probs: pieces.iter().map(|piece| piece.drawn.processed_log_prob).collect(),
+            finish: FinishReason::Cancelled,
+            stop_at_byte: None,
+            stop_tokens: 0,
+            altered: pieces.iter().any(|piece| piece.drawn.altered),
+            is_unexplained: pieces.iter().any(|piece| piece.drawn.is_unexplained()),
+            kept,
+            version,
+            token_versions,
+        }
     }
 }

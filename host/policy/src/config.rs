@@ -115,6 +115,13 @@ pub struct PolicyConfig {
     pub batch_wait_ms_max: u64,
     /// Calls that may wait at once; a further one is refused as unavailable. 65,536.
     pub requests_waiting_max: usize,
+    /// Tokens of a piece of streamed text; an agent that reads a stream gets the next piece when so many more are drawn. 8:
+    /// each piece is an event of the attempt, which are bounded (`spans_max`) and recorded.
+    pub stream_chunk_tokens: usize,
+    /// Most tokens of a set that is recorded where sampling drops tokens before a draw (top-k, top-p, min-p, constraints). Such
+    /// calls are trained on over the recorded sets; with a larger set at one of its tokens a call is not trained on. 0: no set
+    /// is recorded, because nothing is dropped by default, and a set costs about three bytes a token of it.
+    pub kept_tokens_max: usize,
 }
 
 impl Default for PolicyConfig {
@@ -144,6 +151,8 @@ impl Default for PolicyConfig {
             swap_in_flight: false,
             batch_wait_ms_max: 50,
             requests_waiting_max: 65_536,
+            stream_chunk_tokens: 8,
+            kept_tokens_max: 0,
         }
     }
 }
@@ -199,6 +208,9 @@ impl PolicyConfig {
         }
         if self.requests_waiting_max == 0 {
             return Err(invalid("requests_waiting_max", 0, "use at least 1"));
+        }
+        if self.stream_chunk_tokens == 0 {
+            return Err(invalid("stream_chunk_tokens", 0, "use at least 1"));
         }
         shape.check()?;
         Ok(shape)

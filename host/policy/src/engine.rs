@@ -182,6 +182,8 @@ impl PolicyEngine {
             kv_cache_bytes_max: config.kv_cache_bytes_max,
             swap_in_flight: config.swap_in_flight,
             requests_waiting_max: config.requests_waiting_max,
+            stream_chunk_tokens: config.stream_chunk_tokens,
+            kept_tokens_max: config.kept_tokens_max,
         };
         let (start, weights) = if let Some(lora) = &config.lora {
             adapt(start, lora, seed, &rotary, config.thread_count())

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use fulgurite_core::id::PolicyVersion;
+use fulgurite_core::llm::KeptTokens;
 use fulgurite_core::training::{Aggregation, LossSpec, Stream, TrainingRow};
 
 use crate::compute::{Bounds, Compute, PackedModels, Sources};
@@ -142,6 +143,7 @@ impl Inference {
             stream: Stream::Ce,
             temperature: 1.0,
             policy_version: PolicyVersion::default(),
+            kept: KeptTokens::default(),
         };
         let rows = vec![row];
         check_rows(self.shape(), &rows)?;

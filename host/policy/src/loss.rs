@@ -208,6 +208,7 @@ impl Normalisers {
 #[expect(clippy::float_cmp, reason = "bits are what is tested")]
 mod tests {
     use fulgurite_core::id::PolicyVersion;
+    use fulgurite_core::llm::KeptTokens;
     use fulgurite_core::training::KlTerm;
 
     use super::*;
@@ -316,6 +317,7 @@ mod tests {
             stream,
             temperature: 1.0,
             policy_version: PolicyVersion(0),
+            kept: KeptTokens::default(),
         }
     }
 

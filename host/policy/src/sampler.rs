@@ -11,7 +11,7 @@ use fulgurite_core::seed::Seed;
 use crate::kernel;
 
 /// A drawn token.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Drawn {
     pub(crate) token: u32,
     /// Under the softmax at the request's temperature, at 1 when greedy (nats).
@@ -20,6 +20,16 @@ pub(crate) struct Drawn {
     pub(crate) processed_log_prob: f32,
     /// Whether that was another distribution than the softmax at the temperature.
     pub(crate) altered: bool,
+    /// The tokens that it was drawn from, ascending, where that is the softmax over them and all that happened to it. Empty
+    /// otherwise, and when they are more than are to be recorded.
+    pub(crate) kept: Box<[u32]>,
+}
+
+impl Drawn {
+    /// Whether what was done to the distribution is not told.
+    pub(crate) fn is_unexplained(&self) -> bool {
+        self.altered && self.kept.is_empty()
+    }
 }
 
 /// Whether a token may be drawn, by its id; ids behind the end may not.
@@ -35,6 +45,8 @@ pub(crate) struct Draw<'a> {
     pub(crate) seen: &'a [u32],
     /// What a constraint allows next.
     pub(crate) allowed: Option<Allowed<'a>>,
+    /// Most tokens of a set that is told.
+    pub(crate) kept_tokens_max: usize,
 }
 
 /// Draws from logits, which are overwritten. `None` when no logit is finite, one is not a number, or nothing is allowed.
@@ -51,7 +63,8 @@ pub(crate) fn draw(logits: &mut [f32], draw: &Draw<'_>) -> Option<Drawn> {
     if greedy && !shaped {
         let (token, logit) = logits.iter().enumerate().find(|(_, logit)| **logit >= max)?;
         let token = u32::try_from(token).ok()?;
-        return Some(Drawn { token, log_prob: logit - normaliser, processed_log_prob: 0.0, altered: true });
+        let log_prob = logit - normaliser;
+        return Some(Drawn { token, log_prob, processed_log_prob: 0.0, altered: true, kept: Box::default() });
     }
     let noise = Noise::new(draw.seed, draw.position);
     if shaped || cuts(sampling, logits.len()) {
@@ -62,7 +75,8 @@ pub(crate) fn draw(logits: &mut [f32], draw: &Draw<'_>) -> Option<Drawn> {
         best.offer(token, *logit, &noise);
     }
     let log_prob = logits.get(best.token as usize)? - normaliser;
-    Some(Drawn { token: best.token, log_prob, processed_log_prob: log_prob, altered: false })
+    let token = best.token;
+    Some(Drawn { token, log_prob, processed_log_prob: log_prob, altered: false, kept: Box::default() })
 }
 
 /// Whether the settings can drop tokens of a vocabulary of this size.
@@ -127,20 +141,29 @@ fn draw_processed(
     let chosen = if sampling.temperature <= 0.0 {
         // The first of equal ones.
         let best = kept.iter().copied().reduce(|best, other| if other.1 > best.1 { other } else { best })?;
-        Drawn { token: best.0, log_prob: 0.0, processed_log_prob: 0.0, altered: true }
+        Drawn { token: best.0, log_prob: 0.0, processed_log_prob: 0.0, altered: true, kept: Box::default() }
     } else {
         cut(&mut kept, sampling);
-        let top = kept.iter().map(|(_, logit)| *logit).reduce(f32::max)?;
+        if kept.is_empty() {
+            return None;
+        }
         let mut best = Best::default();
         for (token, logit) in &kept {
             best.offer(*token, *logit, noise);
         }
-        let logit = scaled.get(best.token as usize)?;
-        let kept_mass = kept.iter().map(|(_, logit)| f64::from(logit - top).exp()).sum::<f64>().ln();
-        #[expect(clippy::cast_possible_truncation, reason = "log-probs are f32")]
-        let processed_log_prob = (f64::from(logit - top) - kept_mass) as f32;
+        // By ascending token, as the trainer adds them.
+        kept.sort_unstable_by_key(|(token, _)| *token);
+        let mut logits: Vec<f32> = kept.iter().map(|(_, logit)| *logit).collect();
+        let (_, kept_normaliser) = kernel::log_normaliser(&mut logits, 1.0);
         let altered = kept.len() < possible || !moved.is_empty();
-        Drawn { token: best.token, log_prob: 0.0, processed_log_prob, altered }
+        let is_told = altered && moved.is_empty() && kept.len() <= draw.kept_tokens_max;
+        Drawn {
+            token: best.token,
+            log_prob: 0.0,
+            processed_log_prob: scaled.get(best.token as usize)? - kept_normaliser,
+            altered,
+            kept: if is_told { kept.iter().map(|(token, _)| *token).collect() } else { Box::default() },
+        }
     };
     let raw_logit = match raw.binary_search_by_key(&chosen.token, |(token, _)| *token) {
         Ok(at) => raw.get(at)?.1,
@@ -245,7 +268,7 @@ mod tests {
     const LOGITS: [f32; 6] = [0.0, 1.5, -2.0, 0.7, 3.0, -9.0];
 
     fn draw_one(sampling: &Sampling, seen: &[u32], allowed: Option<Allowed<'_>>, seed: u64) -> Option<Drawn> {
-        let settings = Draw { sampling, seed: Seed::new(seed), position: 7, seen, allowed };
+        let settings = Draw { sampling, seed: Seed::new(seed), position: 7, seen, allowed, kept_tokens_max: 4 };
         draw(&mut LOGITS.clone(), &settings)
     }
 
@@ -297,6 +320,7 @@ mod tests {
                 let p = all[drawn.token as usize];
                 assert!((f64::from(drawn.log_prob) - p.ln()).abs() < 1e-6, "raw");
                 assert!((f64::from(drawn.processed_log_prob) - (p / mass).ln()).abs() < 1e-6, "processed");
+                assert!(drawn.kept.iter().map(|token| *token as usize).eq(kept.iter().copied()), "{drawn:?}");
             }
             for i in &kept {
                 let want = all[*i] / mass;
@@ -386,6 +410,27 @@ mod tests {
         assert!(!plain.altered);
         for sampling in [Sampling { top_k: 5, ..base() }, Sampling { min_p: 0.001, ..base() }] {
             assert!(draw_one(&sampling, &[], None, 11).unwrap().altered, "{sampling:?}");
+        }
+    }
+
+    #[test]
+    fn what_was_drawn_from_is_told_where_it_is_all_that_was_done_and_few() {
+        let base = Sampling::default;
+        let bias = vec![TokenBias { token: 0, bias: 2.5 }];
+        let odd: Allowed<'_> = &|token| token % 2 == 1;
+        let cases: [(Sampling, Option<Allowed<'_>>, &[u32]); 7] = [
+            (Sampling { top_k: 4, ..base() }, None, &[0, 1, 3, 4]),
+            (Sampling { top_k: 5, ..base() }, None, &[]),
+            (base(), Some(odd), &[1, 3, 5]),
+            (Sampling { top_k: 2, ..base() }, Some(odd), &[1, 3]),
+            (Sampling { top_k: 2, logit_bias: bias, ..base() }, None, &[]),
+            (Sampling { temperature: 0.0, ..base() }, Some(odd), &[]),
+            (base(), None, &[]),
+        ];
+        for (sampling, allowed, kept) in cases {
+            let drawn = draw_one(&sampling, &[], allowed, 11).unwrap();
+            assert_eq!(*drawn.kept, *kept, "{sampling:?}");
+            assert_eq!(drawn.is_unexplained(), drawn.altered && kept.is_empty());
         }
     }
 

@@ -136,6 +136,10 @@ pub(crate) struct Scheduler {
     threads: usize,
     batch_wait: Duration,
     requests_waiting_max: usize,
+    /// Tokens of a piece of streamed text.
+    pub(crate) stream_chunk_tokens: usize,
+    /// Most tokens of a set that is recorded.
+    pub(crate) kept_tokens_max: usize,
 }
 
 /// Counts a call as in flight until it is dropped.
@@ -187,6 +191,8 @@ pub(crate) struct SchedulerLimits {
     pub(crate) batch_wait_ms_max: u64,
     pub(crate) kv_cache_bytes_max: usize,
     pub(crate) requests_waiting_max: usize,
+    pub(crate) stream_chunk_tokens: usize,
+    pub(crate) kept_tokens_max: usize,
     pub(crate) swap_in_flight: bool,
 }
 
@@ -251,6 +257,8 @@ impl Scheduler {
             threads: limits.threads.max(1),
             batch_wait: Duration::from_millis(limits.batch_wait_ms_max),
             requests_waiting_max: limits.requests_waiting_max,
+            stream_chunk_tokens: limits.stream_chunk_tokens,
+            kept_tokens_max: limits.kept_tokens_max,
         }
     }
 

@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use fulgurite_core::id::ResponseId;
 use fulgurite_core::llm::{
-    ChatRequest, Completion, FinishReason, LlmBackend, LlmError, LlmSession, Message, NotTrainable, Role, Sampling,
-    SessionInfo, TokenData, ToolCall, Usage,
+    ChatRequest, Completion, FinishReason, KeptTokens, LlmBackend, LlmError, LlmSession, LlmStream, Message,
+    NotTrainable, Role, Sampling, SessionInfo, TokenData, ToolCall, Usage,
 };
 use fulgurite_core::seed::Seed;
 use futures::future::BoxFuture;
@@ -13,6 +13,7 @@ use futures::future::BoxFuture;
 use crate::call::{Generated, Request};
 use crate::error::PolicyError;
 use crate::scheduler::Generator;
+use crate::stream::{Listener, PolicyStream};
 use crate::tokenizer::PolicyTokenizer;
 
 /// Opens sessions on the policy.
@@ -56,15 +57,23 @@ impl LlmSession for OpenSession {
         request: Arc<ChatRequest>,
     ) -> BoxFuture<'static, Result<Arc<Completion>, LlmError>> {
         let session = self.0.clone();
-        Box::pin(async move { session.answer(call_index, request).await.map(Arc::new) })
+        Box::pin(async move {
+            let completion = session.answer(call_index, request, None).await?;
+            session.remember(&completion);
+            Ok(Arc::new(completion))
+        })
+    }
+
+    fn stream(&self, call_index: u64, request: Arc<ChatRequest>) -> Box<dyn LlmStream> {
+        Box::new(PolicyStream::new(self.0.clone(), call_index, request))
     }
 }
 
-struct Session {
+pub(crate) struct Session {
     id: u64,
-    generator: Arc<Generator>,
-    tokenizer: PolicyTokenizer,
-    info: SessionInfo,
+    pub(crate) generator: Arc<Generator>,
+    pub(crate) tokenizer: PolicyTokenizer,
+    pub(crate) info: SessionInfo,
     /// Completions so far, to be spliced when a message repeats one.
     history: Mutex<Vec<Recorded>>,
 }
@@ -123,7 +132,13 @@ fn check(sampling: &Sampling, vocabulary: usize) -> Result<(), LlmError> {
 }
 
 impl Session {
-    async fn answer(&self, call_index: u64, request: Arc<ChatRequest>) -> Result<Completion, LlmError> {
+    /// Answers a request. Where there is a `listener`, it gets the prompt, and each token as it is drawn.
+    pub(crate) async fn answer(
+        &self,
+        call_index: u64,
+        request: Arc<ChatRequest>,
+        listener: Option<Listener>,
+    ) -> Result<Completion, LlmError> {
         if let Some(endpoint) = request.endpoint.as_ref().filter(|endpoint| *endpoint != "policy") {
             return Err(LlmError::UnknownEndpoint(endpoint.clone()));
         }
@@ -132,14 +147,15 @@ impl Session {
         }
         let sampling = request.sampling.clone().filled_from(&self.info.sampling);
         check(&sampling, self.generator.scheduler.published().shape.vocabulary)?;
-        let prompt = self.encode(&request.messages, &request.tools)?;
+        let prompt: Arc<[u32]> = self.encode(&request.messages, &request.tools)?.into();
+        let listener = listener.map(|listener| listener.told(&prompt));
         let seed = match sampling.seed {
             Some(seed) => Seed::new(seed),
             None => self.info.seed.child("policy").child_index(call_index),
         };
         let progress =
             sampling.constraint.as_ref().map(|shape| self.generator.scheduler.constrain(shape)).transpose()?;
-        let ask = Request { prompt: prompt.into(), sampling, seed, progress };
+        let ask = Request { prompt, sampling, seed, progress, listener };
         let attempt = self.info.attempt.clone();
         let generated = self.generator.scheduler.ask(self.id, attempt, call_index, ask).await?;
         Ok(self.complete(call_index, generated))
@@ -174,6 +190,7 @@ impl Session {
         Ok(ids)
     }
 
+    /// The completion that a call has drawn.
     fn complete(&self, call_index: u64, generated: Generated) -> Completion {
         let (text, tool_calls) = if let Some(at) = generated.stop_at_byte {
             // What stands before a stop text is text: markup that it cut in two is not a call.
@@ -184,22 +201,28 @@ impl Session {
             let text = generated.completion.split_at(generated.completion.len() - generated.stop_tokens).0;
             self.tokenizer.parse_completion(text, call_index)
         };
+        self.completion(call_index, text, tool_calls, generated)
+    }
+
+    /// A completion whose text is known.
+    pub(crate) fn completion(
+        &self,
+        call_index: u64,
+        text: String,
+        tool_calls: Vec<ToolCall>,
+        generated: Generated,
+    ) -> Completion {
         let finish_reason = match generated.finish {
             FinishReason::Stop if !tool_calls.is_empty() => FinishReason::ToolCalls,
             other => other,
         };
         let response_id = ResponseId::of_call(&self.info.attempt, call_index);
-        let recorded = Recorded {
-            response_id: response_id.clone(),
-            text: text.clone(),
-            tool_calls: tool_calls.clone(),
-            ids: generated.completion.clone(),
-        };
-        self.history.lock().unwrap_or_else(PoisonError::into_inner).push(recorded);
         let count = |ids: &[u32]| u32::try_from(ids.len()).unwrap_or(u32::MAX);
         let usage = Usage { prompt_tokens: count(&generated.prompt), completion_tokens: count(&generated.completion) };
-        let not_trainable = generated.altered.then_some(NotTrainable::TruncatedSampling);
+        let not_trainable = generated.is_unexplained.then_some(NotTrainable::TruncatedSampling);
         let processed_log_probs = if generated.altered { generated.processed_log_probs } else { vec![] };
+        // A part of the sets is of no use.
+        let is_told = generated.altered && !generated.is_unexplained;
         let tokens = TokenData {
             prompt_ids: generated.prompt.to_vec(),
             completion_ids: generated.completion,
@@ -207,7 +230,13 @@ impl Session {
             processed_log_probs,
             policy_version: generated.version,
             token_versions: generated.token_versions,
+            kept: if is_told { generated.kept } else { KeptTokens::default() },
         };
         Completion { text, tool_calls, finish_reason, usage, response_id, tokens: Some(tokens), not_trainable }
+    }
+
+    /// Remembers what the agent has of an answer, for when a message repeats it.
+    pub(crate) fn remember(&self, completion: &Completion) {
+        self.history.lock().unwrap_or_else(PoisonError::into_inner).extend(Recorded::of(completion));
     }
 }

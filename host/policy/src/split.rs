@@ -47,6 +47,7 @@ pub(crate) fn plan(rows: &[TrainingRow], shards: usize, tokens_max: usize, pads:
 #[cfg(test)]
 mod tests {
     use fulgurite_core::id::PolicyVersion;
+    use fulgurite_core::llm::KeptTokens;
     use fulgurite_core::training::Stream;
     use proptest::prelude::*;
 
@@ -63,6 +64,7 @@ mod tests {
             stream: Stream::Rl,
             temperature: 1.0,
             policy_version: PolicyVersion(0),
+            kept: KeptTokens::default(),
         };
         lengths.iter().map(row).collect()
     }

@@ -397,6 +397,23 @@ impl PolicyTokenizer {
         }
     }
 
+    /// Whether an id begins a tool call by itself.
+    pub(crate) fn opens_call(&self, id: u32) -> bool {
+        match &self.inner.dialect {
+            Dialect::Own { control: [.., open, _], .. } => *open == id,
+            Dialect::Folder(_) => false,
+        }
+    }
+
+    /// How many bytes of a completion's text, of which the first `from` are settled already, no later token can turn into
+    /// markup of a tool call.
+    pub(crate) fn settled(&self, text: &str, from: usize) -> usize {
+        match &self.inner.dialect {
+            Dialect::Own { .. } => text.len(),
+            Dialect::Folder(folder) => folder.settled(text, from),
+        }
+    }
+
     /// The ids that are no text.
     pub(crate) fn control_ids(&self) -> BTreeSet<u32> {
         match &self.inner.dialect {

@@ -28,6 +28,7 @@ use crate::rotary::RotaryTable;
 use crate::shape::ModelShape;
 use crate::split::{MicroBatch, plan};
 use crate::sums::Sums;
+use crate::support::Support;
 use crate::weights::ModelWeights;
 
 /// What to compute for a batch.
@@ -155,6 +156,15 @@ pub(crate) fn check_rows(shape: &ModelShape, rows: &[TrainingRow]) -> Result<(),
         }
         if !(row.temperature.is_finite() && row.temperature >= 0.0) {
             return refuse("the temperature must be finite and not negative");
+        }
+        if !row.kept.is_empty() && (row.kept.len() != len || !row.kept.is_sound()) {
+            return refuse("the kept tokens must be ascending ids for each id of the row");
+        }
+        for (at, id) in row.ids.iter().enumerate() {
+            let Some(kept) = row.kept.at(at) else { continue };
+            if kept.last().is_some_and(|last| *last as usize >= shape.vocabulary) || kept.binary_search(id).is_err() {
+                return refuse("a token is not among those that were kept, or one of these is outside the vocabulary");
+            }
         }
         if row.stream == Stream::RefKl {
             return Err(PolicyError::Unsupported("the stream `ref_kl`".to_owned()));
@@ -456,24 +466,27 @@ impl Job {
     fn tokens(&self, targets: &[Target], logits: &mut [f32], reference: Option<&mut [f32]>, result: &mut ShardResult) {
         let vocabulary = self.weights.shape().vocabulary;
         let mut reference = reference.map(|logits| logits.chunks_exact_mut(vocabulary));
-        let mut scaled = Vec::with_capacity(vocabulary);
+        let (mut scaled, mut gathered) = (Vec::with_capacity(vocabulary), Vec::new());
         for (target, logits) in targets.iter().zip(logits.chunks_exact_mut(vocabulary)) {
             let Some(row) = self.rows.get(target.row) else { continue };
             let temperature = if row.temperature > 0.0 { row.temperature } else { 1.0 };
-            let id = row.ids.get(target.at).map_or(0, |id| *id as usize);
-            let (_, normaliser) = kernel::log_normaliser(logits, temperature);
-            let log_prob = logits.get(id).map_or(f32::NAN, |logit| logit - normaliser);
-            scaled.clear();
-            scaled.extend_from_slice(logits);
-            let entropy = kernel::probabilities(logits, normaliser);
+            let id = row.ids.get(target.at).copied().unwrap_or(0);
+            let support = Support::of(row, target.at);
             let reference = reference.as_mut().and_then(Iterator::next).map(|logits| {
-                let (_, normaliser) = kernel::log_normaliser(logits, temperature);
-                logits.get(id).map_or(f64::NAN, |logit| f64::from(logit - normaliser))
+                let (values, place) = support.gather(logits, id, &mut gathered);
+                let (_, normaliser) = kernel::log_normaliser(values, temperature);
+                values.get(place).map_or(f64::NAN, |logit| f64::from(logit - normaliser))
             });
+            let (values, id) = support.gather(logits, id, &mut gathered);
+            let (_, normaliser) = kernel::log_normaliser(values, temperature);
+            let log_prob = values.get(id).map_or(f32::NAN, |logit| logit - normaliser);
+            scaled.clear();
+            scaled.extend_from_slice(values);
+            let entropy = kernel::probabilities(values, normaliser);
             let derivatives = self.token(target, row, f64::from(log_prob), f64::from(entropy), reference, result);
             let (d_log_prob, d_entropy) = derivatives;
             // With z the scaled logits: d log p(y) / dz_j = [j = y] - p_j and dH / dz_j = -p_j (log p_j + H).
-            for (j, (slot, scaled)) in logits.iter_mut().zip(&scaled).enumerate() {
+            for (j, (slot, scaled)) in values.iter_mut().zip(&scaled).enumerate() {
                 let probability = *slot;
                 let mut derivative = if j == id { d_log_prob } else { 0.0 } - d_log_prob * probability;
                 if d_entropy != 0.0 && probability > 0.0 {
@@ -481,6 +494,7 @@ impl Job {
                 }
                 *slot = derivative / temperature;
             }
+            support.scatter(&gathered, logits);
         }
     }
 

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use fulgurite_core::id::PolicyVersion;
+use fulgurite_core::llm::KeptTokens;
 use fulgurite_core::seed::{Generator, Seed};
 use fulgurite_core::training::{
     Aggregation, KlEstimator, KlTerm, LossSpec, PolicyLoss, RowDerivatives, Stream, TrainingRow,
@@ -44,7 +45,18 @@ pub(crate) fn runner(config: &PolicyConfig) -> BatchRunner {
     BatchRunner::new(config, Arc::new(RotaryTable::new(&config.shape(VOCABULARY).unwrap()))).unwrap()
 }
 
-/// Ragged rows of both streams and several temperatures; log-probs are near those of `parameters`.
+/// Sets of four tokens for every second token of a row.
+fn some_kept(ids: &[u32]) -> KeptTokens {
+    let mut kept = KeptTokens::default();
+    for (at, id) in ids.iter().enumerate() {
+        let mut set: Vec<u32> = [0, 1, 7, 12].map(|offset| (id + offset) % u32::try_from(VOCABULARY).unwrap()).to_vec();
+        set.sort_unstable();
+        kept.push(if at % 2 == 0 { &set } else { &[] });
+    }
+    kept
+}
+
+/// Ragged rows of both streams and several temperatures, some with tokens drawn from few; log-probs are near those of `parameters`.
 pub(crate) fn rows(runner: &BatchRunner, parameters: &Arc<Parameters>, count: usize) -> Vec<TrainingRow> {
     let mut generator = Generator::new(Seed::new(9));
     let mut unit = || generator.below(2_001) as f32 / 1_000.0 - 1.0;
@@ -54,6 +66,7 @@ pub(crate) fn rows(runner: &BatchRunner, parameters: &Arc<Parameters>, count: us
             let ids =
                 (0..len).map(|at| u32::try_from((at * 13 + index * 29 + at * at) % VOCABULARY).unwrap()).collect();
             let mask: Vec<bool> = (0..len).map(|at| at >= 3 && at % 5 != 0).collect();
+            let kept = if index % 3 == 1 { some_kept(&ids) } else { KeptTokens::default() };
             TrainingRow {
                 sequence: u32::try_from(index / 2).unwrap(),
                 ids,
@@ -64,6 +77,7 @@ pub(crate) fn rows(runner: &BatchRunner, parameters: &Arc<Parameters>, count: us
                 stream: if index % 3 == 2 { Stream::Ce } else { Stream::Rl },
                 temperature: if index % 4 == 1 { 0.7 } else { 1.0 },
                 policy_version: PolicyVersion(0),
+                kept,
             }
         })
         .collect();

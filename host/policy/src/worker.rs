@@ -385,5 +385,19 @@ impl Worker {
 }
 
 #[cfg(test)]
+impl Worker {
+    /// Takes in what waits and carries all one step further. Something must be there to do.
+    pub(crate) fn next_turn(&mut self) {
+        let new = self.scheduler.admit(self.thread, self.active.len(), !self.full).unwrap();
+        self.turn(new);
+    }
+
+    /// Calls that are being answered.
+    pub(crate) fn calls(&self) -> usize {
+        self.active.len()
+    }
+}
+
+#[cfg(test)]
 #[path = "worker_tests.rs"]
 mod tests;

@@ -56,6 +56,8 @@ impl Bench {
             batch_wait_ms_max: 0,
             kv_cache_bytes_max: kv_blocks_max * BLOCK_BYTES,
             requests_waiting_max: 10_000,
+            stream_chunk_tokens: 1,
+            kept_tokens_max: 0,
             swap_in_flight,
         };
         let scheduler = Arc::new(Scheduler::new(decoder(0), tokenizer, limits));
@@ -74,7 +76,8 @@ impl Bench {
         let logit_bias =
             vec![fulgurite_core::llm::TokenBias { token: self.scheduler.tokenizer.ends()[0], bias: -100.0 }];
         let sampling = Sampling { temperature, max_tokens, logit_bias, ..Sampling::default() };
-        let request = Request { prompt: prompt.into(), sampling, seed: Seed::new(self.asked), progress: None };
+        let request =
+            Request { prompt: prompt.into(), sampling, seed: Seed::new(self.asked), progress: None, listener: None };
         self.asked += 1;
         let (scheduler, session) = (self.scheduler.clone(), self.session);
         let mut asked: Asked = Box::pin(async move { scheduler.ask(session, attempt, 0, request).await });
@@ -83,8 +86,7 @@ impl Bench {
     }
 
     fn turn(&mut self) {
-        let new = self.scheduler.admit(0, self.worker.active.len(), !self.worker.full).unwrap();
-        self.worker.turn(new);
+        self.worker.next_turn();
         let meter = self.scheduler.memory.bytes();
         let blocks: BTreeSet<_> = self.worker.active.values().flat_map(|a| a.cache.blocks()).map(Arc::as_ptr).collect();
         assert!(blocks.len() * BLOCK_BYTES <= meter);

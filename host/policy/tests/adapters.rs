@@ -3,7 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 use fulgurite_core::id::{AttemptKey, AttemptNumber, PolicyVersion, RolloutId};
-use fulgurite_core::llm::{ChatRequest, Message, Role, Sampling, SessionInfo, TokenData};
+use fulgurite_core::llm::{ChatRequest, KeptTokens, Message, Role, Sampling, SessionInfo, TokenData};
 use fulgurite_core::seed::Seed;
 use fulgurite_core::training::{KlEstimator, KlTerm, LossSpec, OptimiserStep, Stream, TrainingRow};
 use fulgurite_policy::{
@@ -54,6 +54,7 @@ fn row(tokens: &TokenData) -> TrainingRow {
         stream: Stream::Rl,
         temperature: 1.0,
         policy_version: tokens.policy_version,
+        kept: KeptTokens::default(),
     }
 }
 

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use fulgurite_core::id::{AttemptKey, AttemptNumber, PolicyVersion, RolloutId};
-use fulgurite_core::llm::{ChatRequest, Completion, LlmSession, Message, Role, Sampling, SessionInfo};
+use fulgurite_core::llm::{ChatRequest, Completion, KeptTokens, LlmSession, Message, Role, Sampling, SessionInfo};
 use fulgurite_core::seed::{Generator, Seed};
 use fulgurite_core::training::{LossSpec, OptimiserStep, Stream, TrainingRow};
 use fulgurite_policy::{
@@ -134,6 +134,7 @@ fn row(sequence: u32, completion: &Completion) -> TrainingRow {
         stream: Stream::Rl,
         temperature: 1.0,
         policy_version: tokens.policy_version,
+        kept: KeptTokens::default(),
     }
 }
 

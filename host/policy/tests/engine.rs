@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use fulgurite_core::id::{AttemptKey, AttemptNumber, PolicyVersion, RolloutId};
 use fulgurite_core::llm::{
-    ChatRequest, Completion, Constraint, FinishReason, LlmError, LlmSession, Message, NotTrainable, Role, Sampling,
-    SessionInfo,
+    ChatRequest, Completion, Constraint, FinishReason, KeptTokens, LlmError, LlmSession, Message, NotTrainable, Role,
+    Sampling, SessionInfo,
 };
 use fulgurite_core::seed::Seed;
 use fulgurite_core::training::{Aggregation, KlEstimator, KlTerm, LossSpec, OptimiserStep, Stream, TrainingRow};
@@ -76,6 +76,7 @@ fn row(sequence: u32, completion: &Completion, weight: f32) -> TrainingRow {
         stream: Stream::Rl,
         temperature: 1.0,
         policy_version: tokens.policy_version,
+        kept: KeptTokens::default(),
     }
 }
 
@@ -387,6 +388,7 @@ fn demonstrations(engine: &PolicyEngine) -> Vec<TrainingRow> {
                 stream: Stream::Ce,
                 temperature: 1.0,
                 policy_version: PolicyVersion(0),
+                kept: KeptTokens::default(),
             }
         })
         .collect()

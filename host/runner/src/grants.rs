@@ -5,7 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use fulgurite_core::host_call::HostCallLog;
 use fulgurite_core::limits::Limits;
-use fulgurite_core::llm::{ChatRequest, Completion, LlmBackend, LlmError, LlmSession, SessionInfo};
+use fulgurite_core::llm::{
+    ChatRequest, Completion, LlmBackend, LlmError, LlmSession, LlmStream, SessionInfo, whole_answer,
+};
 use fulgurite_sandbox::Judge;
 use futures::future::BoxFuture;
 
@@ -91,6 +93,19 @@ struct RoutedSession {
     open: Mutex<BTreeMap<String, Arc<dyn LlmSession>>>,
 }
 
+impl RoutedSession {
+    /// The session that a request names, when it is not the policy's.
+    fn endpoint(&self, name: &str) -> Option<Arc<dyn LlmSession>> {
+        let backend = self.endpoints.get(name)?;
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let session = open.entry(name.to_owned()).or_insert_with(|| {
+            let seed = self.info.seed.child("endpoint").child(name);
+            Arc::from(backend.open(SessionInfo { seed, ..self.info.clone() }))
+        });
+        Some(Arc::clone(session))
+    }
+}
+
 impl LlmSession for RoutedSession {
     fn chat(
         &self,
@@ -100,15 +115,20 @@ impl LlmSession for RoutedSession {
         let Some(name) = request.endpoint.as_deref().filter(|name| *name != POLICY) else {
             return self.policy.chat(call_index, request);
         };
-        let Some(backend) = self.endpoints.get(name) else {
-            return Box::pin(std::future::ready(Err(LlmError::UnknownEndpoint(name.to_owned()))));
+        match self.endpoint(name) {
+            Some(session) => session.chat(call_index, request),
+            None => Box::pin(std::future::ready(Err(LlmError::UnknownEndpoint(name.to_owned())))),
+        }
+    }
+
+    fn stream(&self, call_index: u64, request: Arc<ChatRequest>) -> Box<dyn LlmStream> {
+        let Some(name) = request.endpoint.as_deref().filter(|name| *name != POLICY) else {
+            return self.policy.stream(call_index, request);
         };
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        let session = open.entry(name.to_owned()).or_insert_with(|| {
-            let seed = self.info.seed.child("endpoint").child(name);
-            Arc::from(backend.open(SessionInfo { seed, ..self.info.clone() }))
-        });
-        session.chat(call_index, request)
+        match self.endpoint(name) {
+            Some(session) => session.stream(call_index, request),
+            None => whole_answer(self.chat(call_index, request)),
+        }
     }
 }
 

@@ -7,8 +7,8 @@ use std::time::Duration;
 use fulgurite_core::dataset::DatasetItem;
 use fulgurite_core::id::{PolicyVersion, ResponseId};
 use fulgurite_core::llm::{
-    ChatRequest, Completion, FinishReason, LlmBackend, LlmError, LlmSession, NotTrainable, SessionInfo, TokenData,
-    ToolCall, Usage,
+    ChatRequest, Completion, FinishReason, KeptTokens, LlmBackend, LlmError, LlmSession, NotTrainable, SessionInfo,
+    TokenData, ToolCall, Usage,
 };
 use fulgurite_core::seed::Generator;
 use futures::future::BoxFuture;
@@ -258,6 +258,7 @@ impl Shared {
             // Nobody's weights.
             policy_version: PolicyVersion(0),
             token_versions: vec![],
+            kept: KeptTokens::default(),
         }
     }
 }

@@ -17,7 +17,8 @@ use fulgurite_core::tool::ToolHost;
 use wasmtime::Store;
 use wasmtime::component::{Resource, ResourceTable};
 
-use crate::agent_llm::{PendingLlm, is_json};
+use crate::agent_call::PendingLlm;
+use crate::agent_llm::is_json;
 use crate::agent_tools::ToolCallFuture;
 use crate::bindings::agent::{AgentError, AgentPre};
 use crate::engine::{Sandbox, World};

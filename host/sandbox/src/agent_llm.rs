@@ -1,27 +1,29 @@
 //! `fulgurite:agent/llm`: calls of language models.
 //!
-//! A started call is a future that the host keeps in the guest's resource table. It is polled once when it starts, so that
+//! A started call is a stream that the host keeps in the guest's resource table. It is polled once when it starts, so that
 //! the model gets its request in the order of the calls, and from then on whenever the guest waits. A call that is dropped,
-//! by the guest or with its store, is recorded as cancelled: nothing that was asked goes unrecorded.
+//! by the guest or with its store, is recorded with what the guest has read of it, and as cancelled when that is nothing:
+//! nothing that was asked goes unrecorded.
 #![expect(unreachable_pub, reason = "the generated bindings re-export the resources' types, which pub(crate) forbids")]
 
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use fulgurite_core::llm::{ChatRequest, Completion, Constraint, LlmError, Message, Role, Sampling};
+use fulgurite_core::llm::{ChatRequest, Completion, Constraint, LlmError, Message, Role, Sampling, whole_answer};
 use fulgurite_core::outcome::OutcomeKind;
 use fulgurite_core::span::SpanBody;
 use futures::future::BoxFuture;
 use wasmtime::component::Resource;
 
 use crate::agent::{AgentState, LastFailure};
+use crate::agent_call::{Answer, PendingLlm, Ticket, foreign};
 use crate::bindings::agent::fulgurite::agent::llm;
 use crate::bindings::agent::fulgurite::types::types;
 use crate::convert;
 use crate::fault::Stop;
-use crate::recorder::{Begun, GuestLog, refused};
-use crate::tape::{CANCELLED_CALL, Tape, was_cancelled};
+use crate::recorder::{Begun, refused};
+use crate::tape::was_cancelled;
 
 const INTERFACE: &str = "fulgurite:agent/llm@0.1.0";
 
@@ -37,67 +39,6 @@ pub struct RequestDraft {
 
 /// A completion that the guest holds.
 pub struct FinishedCall(Arc<Completion>);
-
-/// What must be written down about a call whatever becomes of it.
-struct Ticket {
-    log: Arc<GuestLog>,
-    begun: Begun,
-    call_index: u64,
-    /// Taken when the call is recorded.
-    request: Option<Arc<ChatRequest>>,
-    /// The answer, once the guest has seen a part of it: then it is recorded even when the call is dropped, because what the
-    /// guest does next follows from it.
-    seen: Option<Result<Arc<Completion>, LlmError>>,
-}
-
-impl Ticket {
-    fn close(mut self, result: Result<Arc<Completion>, LlmError>) -> Result<(), Stop> {
-        let Some(request) = self.request.take() else { return Ok(()) };
-        let ended = self.log.recorder.end_llm(self.begun, self.call_index, &request, result);
-        ended.map_err(|refusal| refused(&refusal))
-    }
-}
-
-impl Drop for Ticket {
-    fn drop(&mut self) {
-        if let Some(request) = self.request.take() {
-            let cancelled = || Err(LlmError::Unavailable(CANCELLED_CALL.to_owned()));
-            let result = self.seen.take().unwrap_or_else(cancelled);
-            // The attempt may be over; then there is nobody to tell.
-            let _ = self.log.recorder.end_llm(self.begun, self.call_index, &request, result);
-        }
-    }
-}
-
-/// What is recorded of a piece of streamed text.
-#[derive(serde::Deserialize)]
-struct Chunk {
-    chunk_bytes: usize,
-}
-
-/// A call under way.
-pub struct PendingLlm {
-    ticket: Ticket,
-    progress: Progress,
-    /// Bytes of the text that the guest has.
-    delivered: usize,
-    /// Bytes of its request, which lives as long as the call does.
-    held_bytes: u64,
-}
-
-enum Progress {
-    Running(BoxFuture<'static, Result<Arc<Completion>, LlmError>>),
-    Done(Result<Arc<Completion>, LlmError>),
-}
-
-impl PendingLlm {
-    pub(crate) fn poll(&mut self, context: &mut Context<'_>) -> Poll<()> {
-        let Progress::Running(future) = &mut self.progress else { return Poll::Ready(()) };
-        let Poll::Ready(result) = future.as_mut().poll(context) else { return Poll::Pending };
-        self.progress = Progress::Done(result);
-        Poll::Ready(())
-    }
-}
 
 impl AgentState {
     /// Holds so many bytes more on behalf of the guest: no more than it could hold itself.
@@ -156,13 +97,7 @@ impl AgentState {
         {
             tape.check_request(call_index, &request).map_err(Stop::error)?;
         }
-        let ticket = Ticket {
-            log: Arc::clone(&self.host.log),
-            begun,
-            call_index,
-            request: Some(Arc::clone(&request)),
-            seen: None,
-        };
+        let ticket = Ticket::new(Arc::clone(&self.host.log), begun, call_index, Arc::clone(&request));
         let mut sent = request;
         // The last call before the limit may not run far past it.
         let left = limits.completion_tokens_max.saturating_sub(self.host.completion_tokens);
@@ -173,46 +108,25 @@ impl AgentState {
         Ok((ticket, sent, checked))
     }
 
-    /// The future that makes the call. Nothing happens before it is polled.
-    fn make_call(
-        &self,
-        call_index: u64,
-        request: Arc<ChatRequest>,
-        checked: Result<(), LlmError>,
-    ) -> BoxFuture<'static, Result<Arc<Completion>, LlmError>> {
+    /// The answer to a call that no model is asked for.
+    fn known_answer(&self, call_index: u64, checked: Result<(), LlmError>) -> Option<BoxFuture<'static, Answer>> {
         if let Err(refused) = checked {
-            return Box::pin(std::future::ready(Err(refused)));
+            return Some(Box::pin(std::future::ready(Err(refused))));
         }
-        let recorded = self.host.tape().and_then(|tape| tape.llm_call(call_index)).map(|call| call.result.clone());
-        if let Some(recorded) = recorded {
+        let tape = self.host.tape()?;
+        match tape.llm_call(call_index).map(|call| call.result.clone()) {
             // What never ended is not answered: the guest dropped it, or was dropped itself while it waited.
-            return if was_cancelled(&recorded) {
-                Box::pin(std::future::pending())
-            } else {
-                Box::pin(std::future::ready(recorded))
-            };
+            Some(recorded) if was_cancelled(&recorded) => Some(Box::pin(std::future::pending())),
+            Some(recorded) => Some(Box::pin(std::future::ready(recorded))),
+            None => tape.is_whole().then(|| -> BoxFuture<'static, Answer> { Box::pin(std::future::pending()) }),
         }
-        if self.host.tape().is_some_and(Tape::is_whole) {
-            return Box::pin(std::future::pending());
-        }
-        let llm = Arc::clone(&self.host.llm);
-        Box::pin(async move {
-            let answer = llm.chat(call_index, request).await;
-            match answer {
-                // The host's own words for a call that never ended.
-                Err(LlmError::Unavailable(text)) if text == CANCELLED_CALL => {
-                    Err(LlmError::Unavailable(format!("{text} by the endpoint")))
-                }
-                answer => answer,
-            }
-        })
     }
 
     /// Records the end of a call and hands its result to the guest.
     fn close_call(
         &mut self,
         ticket: Ticket,
-        result: Result<Arc<Completion>, LlmError>,
+        result: Answer,
     ) -> wasmtime::Result<Result<Resource<FinishedCall>, llm::LlmError>> {
         self.count(&result);
         let answer = match &result {
@@ -227,7 +141,7 @@ impl AgentState {
     }
 
     /// Takes note of an answer that the guest has.
-    fn count(&mut self, result: &Result<Arc<Completion>, LlmError>) {
+    fn count(&mut self, result: &Answer) {
         match result {
             Ok(completion) => {
                 let tokens = u64::from(completion.usage.completion_tokens);
@@ -243,14 +157,17 @@ impl AgentState {
         move |call_index| tape.as_ref()?.waits_in_vain(call_index).map(Stop::error)
     }
 
-    async fn wait_for_call(&mut self, call: &Resource<PendingLlm>) -> wasmtime::Result<()> {
+    /// Waits for a call, as far as `poll` says.
+    async fn wait_for_call(
+        &mut self,
+        call: &Resource<PendingLlm>,
+        poll: fn(&mut PendingLlm, &mut Context<'_>) -> Poll<()>,
+    ) -> wasmtime::Result<()> {
         let in_vain = self.in_vain();
         self.wait(|table, context| match table.get_mut(call) {
-            Ok(pending) => match pending.poll(context) {
+            Ok(pending) => match poll(pending, context) {
                 Poll::Ready(()) => Poll::Ready(Ok(())),
-                Poll::Pending => {
-                    in_vain(pending.ticket.call_index).map_or(Poll::Pending, |vain| Poll::Ready(Err(vain)))
-                }
+                Poll::Pending => in_vain(pending.call_index()).map_or(Poll::Pending, |vain| Poll::Ready(Err(vain))),
             },
             Err(error) => Poll::Ready(Err(error.into())),
         })
@@ -273,6 +190,16 @@ impl AgentState {
         let ended = self.host.log.recorder.end(begun, function, vec![], body);
         ended.map_err(|refusal| refused(&refusal).error())
     }
+}
+
+/// What is recorded of a piece of streamed text.
+#[derive(serde::Deserialize)]
+struct Chunk {
+    chunk_bytes: usize,
+}
+
+fn still_under_way() -> wasmtime::Error {
+    wasmtime::Error::msg("a call that was waited for is still under way")
 }
 
 /// What a model could only refuse in its own words is refused here, naming the field.
@@ -534,43 +461,33 @@ impl llm::HostPending for AgentState {
     async fn next(&mut self, call: Resource<PendingLlm>) -> wasmtime::Result<Result<Option<String>, llm::LlmError>> {
         self.host.log.take_span().map_err(Stop::error)?;
         let begun = self.host.log.recorder.begin();
-        self.wait_for_call(&call).await?;
+        self.wait_for_call(&call, PendingLlm::poll).await?;
         let chunk: Option<Chunk> = self.host.recorded_result("[method]pending.next");
         let pending = self.table.get_mut(&call)?;
-        let arguments = serde_json::json!({ "call_index": pending.ticket.call_index });
-        let Progress::Done(result) = &pending.progress else {
-            return Err(wasmtime::Error::msg("a call that was waited for is still under way"));
+        let arguments = serde_json::json!({ "call_index": pending.call_index() });
+        let answer = pending.read(chunk.map(|chunk| chunk.chunk_bytes)).ok_or_else(still_under_way)?;
+        // The record says how much each piece held, and a replay cuts there again.
+        let recorded = match &answer {
+            Ok(Some(text)) => serde_json::json!({ "chunk_bytes": text.len() }),
+            Ok(None) => serde_json::json!({ "end": true }),
+            Err(error) => serde_json::json!({ "error": error.to_string() }),
         };
-        // All that there is is one chunk. The record says how much each one held, and a replay cuts there again.
-        let (answer, recorded) = match result {
-            Ok(completion) if pending.delivered < completion.text.len() => {
-                let rest = completion.text.get(pending.delivered..).unwrap_or_default();
-                let bytes = chunk.map_or(rest.len(), |chunk| chunk.chunk_bytes);
-                let text = rest.get(..bytes).unwrap_or(rest);
-                pending.delivered += text.len();
-                (Ok(Some(text.to_owned())), serde_json::json!({ "chunk_bytes": text.len() }))
-            }
-            Ok(_) => (Ok(None), serde_json::json!({ "end": true })),
-            Err(error) => (Err(convert::llm_error_to_wit(error)), serde_json::json!({ "error": error.to_string() })),
-        };
-        let result = result.clone();
-        if let Err(error) = &result {
+        if let Err(error) = &answer {
             self.host.last_failure = Some(LastFailure::Llm(error.clone()));
         }
-        pending.ticket.seen = Some(result);
         self.record_host_call(begun, "[method]pending.next", &arguments, &recorded)?;
         let bytes = answer.as_ref().map_or(0, |text| text.as_ref().map_or(0, String::len));
-        self.give(bytes, answer)
+        self.give(bytes, answer.map_err(|error| convert::llm_error_to_wit(&error)))
     }
 
     fn drop(&mut self, call: Resource<PendingLlm>) -> wasmtime::Result<()> {
         self.host.log.recorder.act().map_err(Stop::error)?;
         self.host.pending_llm.remove(&call.rep());
-        let pending = self.table.delete(call)?;
-        if let Some(seen) = &pending.ticket.seen {
-            self.count(seen);
+        let mut pending = self.table.delete(call)?;
+        if let Some(seen) = pending.leave() {
+            self.count(&seen);
         }
-        self.host.request_bytes = self.host.request_bytes.saturating_sub(pending.held_bytes);
+        self.host.request_bytes = self.host.request_bytes.saturating_sub(pending.held_bytes());
         Ok(())
     }
 }
@@ -581,10 +498,11 @@ impl llm::Host for AgentState {
         request: Resource<RequestDraft>,
     ) -> wasmtime::Result<Result<Resource<FinishedCall>, llm::LlmError>> {
         let (ticket, request, checked) = self.open_call(&request)?;
-        let mut call = self.make_call(ticket.call_index, request, checked);
+        let known = self.known_answer(ticket.call_index, checked);
+        let mut call = known.unwrap_or_else(|| self.host.llm.chat(ticket.call_index, request));
         let in_vain = self.in_vain();
         let result = self.wait(|_, context| match call.as_mut().poll(context) {
-            Poll::Ready(result) => Poll::Ready(Ok(result)),
+            Poll::Ready(result) => Poll::Ready(Ok(foreign(result))),
             Poll::Pending => in_vain(ticket.call_index).map_or(Poll::Pending, |vain| Poll::Ready(Err(vain))),
         });
         let result = result.await?;
@@ -598,8 +516,9 @@ impl llm::Host for AgentState {
         let held_bytes = self.table.get(&request)?.held_bytes;
         self.hold(held_bytes)?;
         let (ticket, request, checked) = self.open_call(&request)?;
-        let call = self.make_call(ticket.call_index, request, checked);
-        let mut pending = PendingLlm { ticket, progress: Progress::Running(call), delivered: 0, held_bytes };
+        let known = self.known_answer(ticket.call_index, checked).map(whole_answer);
+        let stream = known.unwrap_or_else(|| self.host.llm.stream(ticket.call_index, request));
+        let mut pending = PendingLlm::new(ticket, stream, held_bytes);
         let first = poll_fn(|context| {
             let _ = pending.poll(context);
             Poll::Ready(())
@@ -615,14 +534,12 @@ impl llm::Host for AgentState {
         call: Resource<PendingLlm>,
     ) -> wasmtime::Result<Result<Resource<FinishedCall>, llm::LlmError>> {
         self.host.log.recorder.act().map_err(Stop::error)?;
-        self.wait_for_call(&call).await?;
+        self.wait_for_call(&call, PendingLlm::poll_end).await?;
         self.host.pending_llm.remove(&call.rep());
-        let pending = self.table.delete(call)?;
-        self.host.request_bytes = self.host.request_bytes.saturating_sub(pending.held_bytes);
-        match pending.progress {
-            Progress::Done(result) => self.close_call(pending.ticket, result),
-            Progress::Running(_) => Err(wasmtime::Error::msg("a call that was waited for is still under way")),
-        }
+        let mut pending = self.table.delete(call)?;
+        self.host.request_bytes = self.host.request_bytes.saturating_sub(pending.held_bytes());
+        let (ticket, answer) = pending.take_answer().ok_or_else(still_under_way)?;
+        self.close_call(ticket, answer)
     }
 
     async fn wait_any(&mut self, calls: Vec<Resource<PendingLlm>>) -> wasmtime::Result<Result<u32, llm::LlmError>> {
@@ -633,7 +550,7 @@ impl llm::Host for AgentState {
         let begun = self.host.log.recorder.begin();
         let mut indices = Vec::with_capacity(calls.len());
         for call in &calls {
-            indices.push(self.table.get(call)?.ticket.call_index);
+            indices.push(self.table.get(call)?.call_index());
         }
         let ready = if let Some(recorded) = self.recorded_wait("wait-any").await {
             recorded

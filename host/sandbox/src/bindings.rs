@@ -27,7 +27,7 @@ pub(crate) mod agent {
         with: {
             "fulgurite:agent/llm.request": crate::agent_llm::RequestDraft,
             "fulgurite:agent/llm.completion": crate::agent_llm::FinishedCall,
-            "fulgurite:agent/llm.pending": crate::agent_llm::PendingLlm,
+            "fulgurite:agent/llm.pending": crate::agent_call::PendingLlm,
             "fulgurite:agent/tools.pending": crate::agent_tools::PendingTool,
             "fulgurite:agent/emit.span": crate::agent_emit::OpenSpan,
         },

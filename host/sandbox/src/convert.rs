@@ -52,7 +52,8 @@ pub(crate) fn finish_reason_to_wit(reason: FinishReason) -> types::FinishReason 
     match reason {
         FinishReason::Stop => types::FinishReason::Stop,
         FinishReason::ToolCalls => types::FinishReason::ToolCalls,
-        FinishReason::Length => types::FinishReason::Length,
+        // No guest gets a completion that it has dropped.
+        FinishReason::Length | FinishReason::Cancelled => types::FinishReason::Length,
         FinishReason::ContextLength => types::FinishReason::ContextLength,
     }
 }

@@ -21,6 +21,7 @@
 
 mod admission;
 mod agent;
+mod agent_call;
 mod agent_emit;
 mod agent_facts;
 mod agent_llm;

@@ -6,7 +6,7 @@
 mod samples;
 
 use fulgurite_core::id::{AttemptNumber, ContentHash, PolicyVersion};
-use fulgurite_core::llm::TokenBias;
+use fulgurite_core::llm::{FinishReason, KeptTokens, TokenBias};
 use fulgurite_core::record::{AttemptRecord, RolloutRecord, WorkerRecord};
 use fulgurite_core::seed::{Generator, Seed};
 use fulgurite_core::span::{Span, SpanBody};
@@ -71,8 +71,8 @@ fn every_record_comes_back() {
 fn record_formats_are_pinned() {
     let bytes = postcard::to_stdvec(&(all_spans(), rollout_record(), attempt_record(), worker())).unwrap();
     let pinned = (SCHEMA_VERSION, ContentHash::of(&bytes).to_string());
-    // The bytes of schema 2: what is new in 3 are cases that these records do not use.
-    assert_eq!(pinned, (3, "1d35052a6255cc1f9669e59848fd11a61093e567f0c26b98b907cab446d9ff21".to_owned()));
+    // The bytes of schema 2: what is new in 3 and 4 are cases that these records do not use.
+    assert_eq!(pinned, (4, "1d35052a6255cc1f9669e59848fd11a61093e567f0c26b98b907cab446d9ff21".to_owned()));
 }
 
 /// A store with one finished rollout of three attempts, and its directory.
@@ -181,7 +181,7 @@ fn a_store_of_schema_2_is_read_as_it_is_and_marked_before_it_is_written_to() {
     assert!(store.check(&mut |_| {}).unwrap().is_sound());
     drop(store);
     let marked = open_raw(&data(dir.path())).get(b"m").unwrap().unwrap();
-    assert_eq!(*marked, 3_u32.to_be_bytes());
+    assert_eq!(*marked, SCHEMA_VERSION.to_be_bytes());
 }
 
 /// What schema 3 added, in records and on disk.
@@ -204,12 +204,37 @@ fn calls_with_all_of_sampling_and_several_versions_come_back() {
     assert_eq!(serde_json::from_str::<Span>(&json).unwrap(), span);
 }
 
+/// What schema 4 added: with several versions and without.
+#[test]
+fn calls_that_were_left_and_kept_tokens_come_back() {
+    let key = key(&rollout_id(0), 1);
+    for token_versions in [vec![], vec![PolicyVersion(9), PolicyVersion(10)]] {
+        let mut span = Span { body: body(1, 10), ..span(&key, 0) };
+        let SpanBody::Llm(call) = &mut span.body else { panic!() };
+        let completion = std::sync::Arc::make_mut(call.result.as_mut().unwrap());
+        completion.finish_reason = FinishReason::Cancelled;
+        let tokens = completion.tokens.as_mut().unwrap();
+        tokens.token_versions = token_versions;
+        tokens.log_probs = vec![-0.5, -0.25];
+        tokens.kept.push(&[3, 70_000]);
+        tokens.kept.push(&[]);
+        let bytes = postcard::to_stdvec(&span).unwrap();
+        assert_eq!(postcard::from_bytes::<Span>(&bytes).unwrap(), span);
+        let json = serde_json::to_string(&span).unwrap();
+        assert_eq!(serde_json::from_str::<Span>(&json).unwrap(), span);
+        // The record of one that kept all says nothing of it.
+        let SpanBody::Llm(call) = &mut span.body else { panic!() };
+        std::sync::Arc::make_mut(call.result.as_mut().unwrap()).tokens.as_mut().unwrap().kept = KeptTokens::default();
+        assert!(!serde_json::to_string(&span).unwrap().contains("kept"));
+    }
+}
+
 #[test]
 fn another_schema_is_refused() {
     let dir = filled();
     tamper(dir.path(), |key, _| (key == b"m").then(|| 9_u32.to_be_bytes().to_vec()));
     let error = SledStore::open(dir.path()).err().unwrap();
-    let expected = format!("the store in {} has schema 9, and this version reads schema 3", dir.path().display());
+    let expected = format!("the store in {} has schema 9, and this version reads schema 4", dir.path().display());
     assert_eq!(error.to_string(), expected);
 }
 

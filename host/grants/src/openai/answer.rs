@@ -1,7 +1,7 @@
 //! What a server answered, checked, as a completion.
 
 use fulgurite_core::id::{PolicyVersion, ResponseId};
-use fulgurite_core::llm::{Completion, FinishReason, NotTrainable, Sampling, TokenData, ToolCall, Usage};
+use fulgurite_core::llm::{Completion, FinishReason, KeptTokens, NotTrainable, Sampling, TokenData, ToolCall, Usage};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -166,6 +166,7 @@ fn tokens(answer: &Answer, choice: &Choice, usage: Usage) -> Option<TokenData> {
         // Weights of somebody else have no number here.
         policy_version: PolicyVersion(0),
         token_versions: vec![],
+        kept: KeptTokens::default(),
     })
 }
 

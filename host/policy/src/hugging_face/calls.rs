@@ -4,6 +4,8 @@
 use fulgurite_core::llm::ToolCall;
 use serde_json::Value;
 
+use crate::settled_text::begins;
+
 /// A way to write calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum CallMarkup {
@@ -54,6 +56,29 @@ impl CallMarkup {
             arguments,
         };
         (rest, found.into_iter().enumerate().map(call).collect())
+    }
+
+    /// How many bytes of a text that goes on stay as they are whatever follows. The first `from` are known to.
+    ///
+    /// White space beside a call goes with it, and nobody knows before the end whether there is one: text that begins with
+    /// white space is not settled at all.
+    pub(crate) fn settled(self, text: &str, from: usize) -> usize {
+        let opening = match self {
+            Self::None => return text.len(),
+            Self::Tagged => OPEN,
+            Self::Bracketed => BRACKET,
+            Self::Bare => {
+                let body = text.trim_start();
+                let may_call = body.is_empty() || body.starts_with('{') || begins(body, PYTHON) == Some(0);
+                return if may_call { from } else { text.len() };
+            }
+        };
+        if text.starts_with(char::is_whitespace) {
+            return from;
+        }
+        let rest = text.get(from..).unwrap_or_default();
+        let end = begins(rest, opening).unwrap_or(rest.len());
+        from + rest.get(..end).unwrap_or_default().trim_end().len()
     }
 }
 
@@ -129,6 +154,8 @@ fn bare(text: &str) -> Option<(String, Vec<Call>)> {
 
 #[cfg(test)]
 mod tests {
+    use fulgurite_core::seed::{Generator, Seed};
+
     use super::*;
 
     fn shown(markup: CallMarkup, text: &str) -> String {
@@ -209,6 +236,45 @@ mod tests {
             ("{{ messages }}", CallMarkup::None),
         ] {
             assert_eq!(CallMarkup::of_template(source), markup, "{source}");
+        }
+    }
+
+    #[test]
+    fn what_is_settled_is_a_beginning_of_every_text_that_follows() {
+        let parts = [
+            OPEN,
+            CLOSE,
+            "{\"name\": \"f\", \"arguments\": {}}",
+            BRACKET,
+            ARGUMENTS,
+            PYTHON,
+            "<tool",
+            "_call>",
+            "[TOOL",
+            "f",
+            "{}",
+            ";",
+            "\n",
+            " ",
+            "a word",
+            "\u{e9}",
+        ];
+        let mut generator = Generator::new(Seed::new(8));
+        for markup in [CallMarkup::Tagged, CallMarkup::Bracketed, CallMarkup::Bare, CallMarkup::None] {
+            let (mut settled_bytes, mut bytes, mut found) = (0, 0, 0);
+            for _ in 0..20_000 {
+                let text: String = (0..generator.below(8)).map(|_| parts[generator.below(parts.len())]).collect();
+                let (whole, calls) = markup.parse(&text, 0);
+                let mut settled = 0;
+                for (at, character) in text.char_indices() {
+                    settled = markup.settled(&text[..at + character.len_utf8()], settled);
+                }
+                assert!(whole.starts_with(&text[..settled]), "{markup:?}: {:?} of {text:?}", &text[..settled]);
+                settled_bytes += settled;
+                bytes += whole.len();
+                found += calls.len();
+            }
+            assert!(settled_bytes * 10 > bytes && (found > 100 || markup == CallMarkup::None), "{markup:?} {found}");
         }
     }
 }

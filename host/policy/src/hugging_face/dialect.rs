@@ -141,6 +141,11 @@ impl FolderDialect {
         self.calls.parse(text, call_index)
     }
 
+    /// How much of a text that goes on is text for good; see [`CallMarkup::settled`].
+    pub(crate) fn settled(&self, text: &str, from: usize) -> usize {
+        self.calls.settled(text, from)
+    }
+
     /// The ids of a prompt; see [`PolicyTokenizer::encode_prompt`](crate::PolicyTokenizer::encode_prompt).
     pub(crate) fn encode_prompt<'a>(
         &self,

@@ -122,6 +122,7 @@ fn cases_of(behaviour: Behaviour) -> Vec<Case> {
         | Behaviour::Print
         | Behaviour::Converse
         | Behaviour::Parallel
+        | Behaviour::Stream
         | Behaviour::InvalidRequest
         | Behaviour::Call
         | Behaviour::ParallelTools

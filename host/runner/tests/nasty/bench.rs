@@ -10,7 +10,7 @@ use fulgurite_core::dataset::DatasetItem;
 use fulgurite_core::id::{PolicyVersion, ResponseId};
 use fulgurite_core::limits::Limits;
 use fulgurite_core::llm::{
-    ChatRequest, Completion, FinishReason, LlmBackend, LlmError, LlmSession, SessionInfo, TokenData, Usage,
+    ChatRequest, Completion, FinishReason, KeptTokens, LlmBackend, LlmError, LlmSession, SessionInfo, TokenData, Usage,
 };
 use fulgurite_core::outcome::{LimitReached, OutcomeKind};
 use fulgurite_core::record::RolloutSpec;
@@ -106,6 +106,7 @@ impl LlmSession for Session {
                 processed_log_probs: vec![],
                 policy_version: PolicyVersion(0),
                 token_versions: vec![],
+                kept: KeptTokens::default(),
             }),
             not_trainable: None,
         };

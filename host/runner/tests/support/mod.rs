@@ -8,12 +8,14 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock, Mutex};
+use std::task::{Context, Poll, ready};
 
 use fulgurite_core::dataset::DatasetItem;
 use fulgurite_core::id::{AttemptKey, AttemptNumber, PolicyVersion, ResponseId, RolloutId};
 use fulgurite_core::limits::Limits;
 use fulgurite_core::llm::{
-    ChatRequest, Completion, FinishReason, LlmBackend, LlmError, LlmSession, SessionInfo, TokenData, Usage,
+    ChatRequest, Completion, FinishReason, KeptTokens, LlmBackend, LlmError, LlmSession, LlmStream, SessionInfo,
+    TokenData, Usage,
 };
 use fulgurite_core::outcome::OutcomeKind;
 use fulgurite_core::record::{ExecutionSettings, ForkPoint, RolloutSpec};
@@ -188,11 +190,69 @@ impl LlmSession for Session {
                     completion_ids: ids,
                     policy_version: PolicyVersion(3),
                     token_versions: vec![],
+                    kept: KeptTokens::default(),
                 }),
                 not_trainable: None,
                 text,
             }))
         })
+    }
+
+    fn stream(&self, call_index: u64, request: Arc<ChatRequest>) -> Box<dyn LlmStream> {
+        let mut draw = Generator::new(self.info.seed.child("pieces").child_index(call_index));
+        let waits = draw.below(3);
+        Box::new(Pieces { answer: self.chat(call_index, request), ended: None, draw, waits, taken: 0 })
+    }
+}
+
+/// An answer that is read as it is drawn: six letters at a time, with waits between them.
+struct Pieces {
+    answer: BoxFuture<'static, Result<Arc<Completion>, LlmError>>,
+    ended: Option<Result<Arc<Completion>, LlmError>>,
+    draw: Generator,
+    waits: usize,
+    taken: usize,
+}
+
+impl Pieces {
+    fn piece(&self) -> Option<&str> {
+        let rest = self.ended.as_ref()?.as_ref().ok()?.text.get(self.taken..)?;
+        let (end, _) = rest.char_indices().nth(6)?;
+        rest.get(..end)
+    }
+}
+
+impl LlmStream for Pieces {
+    fn poll_text(&mut self, context: &mut Context<'_>) -> Poll<bool> {
+        if self.ended.is_none() {
+            self.ended = Some(ready!(self.answer.as_mut().poll(context)));
+        }
+        if self.waits > 0 {
+            self.waits -= 1;
+            context.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        Poll::Ready(self.piece().is_some())
+    }
+
+    fn take_text(&mut self) -> Option<String> {
+        let piece = self.piece()?.to_owned();
+        self.taken += piece.len();
+        self.waits = self.draw.below(3);
+        Some(piece)
+    }
+
+    fn poll_end(&mut self, context: &mut Context<'_>) -> Poll<Result<Arc<Completion>, LlmError>> {
+        if self.ended.is_none() {
+            self.ended = Some(ready!(self.answer.as_mut().poll(context)));
+        }
+        self.ended.clone().map_or(Poll::Pending, Poll::Ready)
+    }
+
+    fn heard(&self) -> Option<Completion> {
+        let whole = self.ended.as_ref()?.as_ref().ok().filter(|_| self.taken > 0)?;
+        let text = whole.text[..self.taken].to_owned();
+        Some(Completion { text, finish_reason: FinishReason::Cancelled, ..Completion::clone(whole) })
     }
 }
 

@@ -13,7 +13,7 @@ use std::sync::{Arc, LazyLock, Mutex};
 
 use fulgurite_core::id::{AttemptKey, AttemptNumber, PolicyVersion, ResponseId, RolloutId};
 use fulgurite_core::limits::Limits;
-use fulgurite_core::llm::{ChatRequest, Completion, FinishReason, LlmError, LlmSession, TokenData, Usage};
+use fulgurite_core::llm::{ChatRequest, Completion, FinishReason, KeptTokens, LlmError, LlmSession, TokenData, Usage};
 use fulgurite_core::outcome::{LimitReached, OutcomeKind};
 use fulgurite_core::record::RolloutMode;
 use fulgurite_core::seed::Seed;
@@ -93,6 +93,7 @@ pub fn completion(call_index: u64, text: &str) -> Completion {
             processed_log_probs: vec![],
             policy_version: PolicyVersion(4),
             token_versions: vec![],
+            kept: KeptTokens::default(),
         }),
         not_trainable: None,
     }

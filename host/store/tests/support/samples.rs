@@ -7,8 +7,8 @@ use fulgurite_core::id::{
     AttemptKey, AttemptNumber, ContentHash, PolicyVersion, ResponseId, RolloutId, SpanId, TraceId,
 };
 use fulgurite_core::llm::{
-    ChatRequest, Completion, Constraint, FinishReason, LlmError, Message, Role, Sampling, TokenData, ToolCall,
-    ToolSpec, Usage,
+    ChatRequest, Completion, Constraint, FinishReason, KeptTokens, LlmError, Message, Role, Sampling, TokenData,
+    ToolCall, ToolSpec, Usage,
 };
 use fulgurite_core::outcome::{AttemptOutcome, OutcomeKind};
 use fulgurite_core::record::{ForkPoint, RolloutMode, RolloutSpec};
@@ -128,6 +128,7 @@ pub(crate) fn body(number: u64, bytes: usize) -> SpanBody {
                 processed_log_probs: vec![-0.0, f32::MIN_POSITIVE],
                 policy_version: PolicyVersion(9),
                 token_versions: vec![],
+                kept: KeptTokens::default(),
             }),
             not_trainable: Some(fulgurite_core::llm::NotTrainable::TruncatedSampling),
         }))),

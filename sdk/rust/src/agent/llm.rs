@@ -414,7 +414,8 @@ impl Completion {
 pub struct PendingCompletion(wit::Pending);
 
 impl PendingCompletion {
-    /// Waits for more text; none when the answer is complete.
+    /// Waits for more text: the next piece while the model draws, or all there is when the model does not tell earlier.
+    /// None when the answer is complete.
     ///
     /// # Errors
     /// When the call fails.

@@ -106,6 +106,8 @@ behaviours! {
         Converse,
         /// Calls in parallel, one of them dropped.
         Parallel,
+        /// Reads the beginning of an answer, leaves it, goes on from what it has, and reads the next one to its end.
+        Stream,
         /// Asks until the model refuses, and gives up with its error.
         AskForever,
         /// Calls a tool until the host refuses, and gives up with its error.
@@ -271,6 +273,7 @@ impl Agent for Nasty {
             }
             Behaviour::Converse => show::converse(),
             Behaviour::Parallel => show::parallel(),
+            Behaviour::Stream => show::stream(),
             Behaviour::AskForever => loop {
                 ask("again")?;
             },

@@ -66,6 +66,23 @@ pub(crate) fn parallel() -> Result<Value, AgentError> {
     Ok(json!({"first": first, "chunk": chunk, "end": end, "fast": fast.text(), "slow": slow.text()}))
 }
 
+pub(crate) fn stream() -> Result<Value, AgentError> {
+    let (llm, mut conversation) = (Llm::new(), Conversation::new());
+    conversation.user("first");
+    let left = llm.start(&conversation)?;
+    let read: String = [left.next_text()?, left.next_text()?].into_iter().flatten().collect();
+    drop(left);
+    conversation.push(Message::Assistant { text: read.clone(), tool_calls: vec![], response_id: None }).user("second");
+    let whole = llm.start(&conversation)?;
+    let mut pieces = vec![];
+    while let Some(piece) = whole.next_text()? {
+        pieces.push(piece);
+    }
+    let whole = whole.finish()?;
+    assert_eq!(pieces.concat(), whole.text(), "pieces make up the whole");
+    Ok(json!({"read": read, "pieces": pieces}))
+}
+
 pub(crate) fn call(calls: &[(String, Value)]) -> Value {
     let answers = calls.iter().map(|(name, arguments)| match tools::call::<Value>(name, arguments) {
         Ok(value) => json!({ "ok": value }),

@@ -5,7 +5,9 @@ use std::time::Instant;
 
 use anyhow::anyhow;
 use fulgurite_core::id::{AttemptKey, AttemptNumber, PolicyVersion, RolloutId};
-use fulgurite_core::llm::{ChatRequest, Completion, LlmSession, Message, Role, Sampling, SessionInfo, TokenData};
+use fulgurite_core::llm::{
+    ChatRequest, Completion, KeptTokens, LlmSession, Message, Role, Sampling, SessionInfo, TokenData,
+};
 use fulgurite_core::seed::{Generator, Seed};
 use fulgurite_core::training::{LossSpec, OptimiserStep, Stream, TrainingRow};
 use fulgurite_policy::{PolicyConfig, PolicyEngine, PolicyTokenizer, TokenizerConfig};
@@ -108,6 +110,7 @@ impl BenchModel {
                 stream: Stream::Ce,
                 temperature: 1.0,
                 policy_version: PolicyVersion(0),
+                kept: KeptTokens::default(),
             })
             .collect()
     }
@@ -257,5 +260,6 @@ fn row_of(sequence: u32, data: &TokenData) -> TrainingRow {
         temperature: 1.0,
         policy_version: data.policy_version,
         ids,
+        kept: KeptTokens::default(),
     }
 }
