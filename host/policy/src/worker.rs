@@ -347,8 +347,8 @@ impl Worker {
             let Some(active) = self.active.get_mut(id) else { continue };
             active.cache = cache;
             // Its prompt is complete: others may begin with it. The last block is shared only where threads wait for it: it
-            // is copied when this call goes on writing.
-            if *count > 1 && active.unfed() == 0 {
+            // is copied when this call goes on writing. Its last part may be one token.
+            if (*count > 1 || active.call.announced) && active.unfed() == 0 {
                 let whole_blocks = !active.call.announced;
                 self.scheduler.memory.keep(active.weights.generation, &active.cache, whole_blocks);
             }

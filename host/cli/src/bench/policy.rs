@@ -24,6 +24,8 @@ const CALLS: [usize; 3] = [1, 32, 128];
 const NEW_TOKENS: u32 = 46;
 /// Members of the group that shares a prompt.
 const GROUP: usize = 16;
+/// Measurements of a group and of one call alone for each round of the others: they take milliseconds.
+const GROUP_TURNS_PER_ROUND: u64 = 8;
 /// Tokens of the shared prompt.
 const GROUP_PROMPT_TOKENS: usize = 512;
 
@@ -124,15 +126,21 @@ impl Bench<'_> {
 
     async fn group(&mut self, model: &BenchModel) -> Result<(), Failure> {
         let (mut alone, mut together) = (vec![], vec![]);
-        // More turns than of the others: each takes milliseconds.
-        for turn in 0..u64::from(self.arguments.rounds) * 8 {
-            alone.push(model.group(GROUP_PROMPT_TOKENS, 1, 2 * turn).await?);
-            together.push(model.group(GROUP_PROMPT_TOKENS, GROUP, 2 * turn + 1).await?);
+        let (mut computed_alone, mut computed_together) = (0, 0);
+        for turn in 0..u64::from(self.arguments.rounds) * GROUP_TURNS_PER_ROUND {
+            let (seconds, computed) = model.group(GROUP_PROMPT_TOKENS, 1, 2 * turn).await?;
+            alone.push(seconds);
+            computed_alone += computed;
+            let (seconds, computed) = model.group(GROUP_PROMPT_TOKENS, GROUP, 2 * turn + 1).await?;
+            together.push(seconds);
+            computed_together += computed;
         }
         let (alone, together) = (median(&alone), median(&together));
         let ratio = together / alone;
+        // The same work or not, whatever the machine does: 1 and a little for the last token of each.
+        let computed_ratio = computed_together as f64 / computed_alone.max(1) as f64;
         self.print(&format!(
-            "group of {GROUP} {}: {:.2} ms, one {:.2} ms, ratio {ratio:.2}",
+            "group of {GROUP} {}: {:.2} ms, one {:.2} ms, ratio {ratio:.2}; prompt tokens computed, ratio {computed_ratio:.2}",
             model.shape.name,
             together * 1e3,
             alone * 1e3
@@ -144,6 +152,7 @@ impl Bench<'_> {
             "group_seconds": together,
             "alone_seconds": alone,
             "group_prefill_ratio": ratio,
+            "group_computed_ratio": computed_ratio,
         }));
         Ok(())
     }

@@ -10,7 +10,7 @@ use fulgurite_core::llm::{
 };
 use fulgurite_core::seed::{Generator, Seed};
 use fulgurite_core::training::{LossSpec, OptimiserStep, Stream, TrainingRow};
-use fulgurite_policy::{PolicyConfig, PolicyEngine, PolicyTokenizer, TokenizerConfig};
+use fulgurite_policy::{EngineStatistics, PolicyConfig, PolicyEngine, PolicyTokenizer, TokenizerConfig};
 use serde_json::{Value, json};
 
 use crate::bench::load::question;
@@ -151,8 +151,9 @@ impl BenchModel {
         Ok(drawn as f64 / taken)
     }
 
-    /// Seconds that calls with one prompt of so many tokens take, which no call before had, for one new token each.
-    pub(super) async fn group(&self, prompt_tokens: usize, members: usize, salt: u64) -> Result<f64, Failure> {
+    /// Seconds that calls with one prompt of so many tokens take, which no call before had, for one new token each, and how
+    /// many tokens of their prompts were computed. Everything counts that a caller waits for: tokenising, prefill, the draws.
+    pub(super) async fn group(&self, prompt_tokens: usize, members: usize, salt: u64) -> Result<(f64, u64), Failure> {
         // The texts differ from their first words on, so that no cache of an earlier prompt helps.
         let mut text = salt.to_string();
         let prompt = loop {
@@ -163,9 +164,11 @@ impl BenchModel {
             }
         };
         let prompts = vec![prompt; members];
+        let computed = |statistics: EngineStatistics| statistics.prompt_tokens - statistics.reused_tokens;
+        let before = computed(self.engine.statistics());
         let start = Instant::now();
         self.calls(&prompts, salt, 1).await?;
-        Ok(start.elapsed().as_secs_f64())
+        Ok((start.elapsed().as_secs_f64(), computed(self.engine.statistics()) - before))
     }
 
     /// Compares log-probs of sampling with those of the training forward, and of a call alone with the same among others.
