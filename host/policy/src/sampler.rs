@@ -453,7 +453,8 @@ mod tests {
     #[test]
     fn logits_that_are_not_numbers_draw_nothing() {
         let sampling = Sampling::default();
-        let settings = Draw { sampling: &sampling, seed: Seed::new(0), position: 0, seen: &[], allowed: None };
+        let settings =
+            Draw { sampling: &sampling, seed: Seed::new(0), position: 0, seen: &[], allowed: None, kept_tokens_max: 0 };
         assert_eq!(draw(&mut [f32::NAN, 1.0], &settings), None);
         assert_eq!(draw(&mut [f32::NEG_INFINITY; 3], &settings), None);
         assert_eq!(draw_one(&sampling, &[], Some(&|_| false), 0), None, "nothing is allowed");

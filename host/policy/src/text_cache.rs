@@ -45,7 +45,7 @@ mod tests {
     fn long_prompts_are_remembered_and_memory_is_bounded() {
         let mut cache = TextCache::default();
         let ids: Arc<[u32]> = (0..TEXT_BYTES_MAX as u32).collect();
-        let text = |number: usize| format!("{number:0>width$}", width = TEXT_BYTES_MAX);
+        let text = |number: usize| format!("{number:0>6}{}", "x".repeat(TEXT_BYTES_MAX - 6));
         for number in 0..200 {
             cache.remember(&text(number), &ids);
             cache.remember(&text(number), &ids);

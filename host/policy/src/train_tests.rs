@@ -63,7 +63,7 @@ pub(crate) fn rows(runner: &BatchRunner, parameters: &Arc<Parameters>, count: us
     let mut rows: Vec<TrainingRow> = (0..count)
         .map(|index| {
             let len = 5 + (index * 7) % 24;
-            let ids =
+            let ids: Vec<u32> =
                 (0..len).map(|at| u32::try_from((at * 13 + index * 29 + at * at) % VOCABULARY).unwrap()).collect();
             let mask: Vec<bool> = (0..len).map(|at| at >= 3 && at % 5 != 0).collect();
             let kept = if index % 3 == 1 { some_kept(&ids) } else { KeptTokens::default() };

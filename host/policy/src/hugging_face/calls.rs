@@ -242,6 +242,9 @@ mod tests {
     #[test]
     fn what_is_settled_is_a_beginning_of_every_text_that_follows() {
         let parts = [
+            "<tool_call>{\"name\": \"f\", \"arguments\": {}}</tool_call>",
+            "[TOOL_CALLS]f[ARGS]{}",
+            "{\"name\": \"f\", \"parameters\": {}}",
             OPEN,
             CLOSE,
             "{\"name\": \"f\", \"arguments\": {}}",
@@ -274,7 +277,10 @@ mod tests {
                 bytes += whole.len();
                 found += calls.len();
             }
-            assert!(settled_bytes * 10 > bytes && (found > 100 || markup == CallMarkup::None), "{markup:?} {found}");
+            assert!(
+                settled_bytes * 20 > bytes && (found > 100 || markup == CallMarkup::None),
+                "{markup:?}: {settled_bytes} {bytes} {found}"
+            );
         }
     }
 }
