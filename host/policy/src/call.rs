@@ -132,6 +132,11 @@ impl Call {
         }
     }
 
+    /// Who asks.
+    pub(crate) fn session(&self) -> u64 {
+        self.ticket.session
+    }
+
     /// Whether nobody waits for the answer any more.
     pub(crate) fn is_cancelled(&self) -> bool {
         self.reply.is_closed()

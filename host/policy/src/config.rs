@@ -107,6 +107,9 @@ pub struct PolicyConfig {
     /// Memory for keys and values, of calls in flight and of what is kept for later ones, in bytes. 1 GiB; what does not
     /// fit is computed again. Each thread carries one call in any case.
     pub kv_cache_bytes_max: usize,
+    /// The part of it that may hold what no live rollout has used, for later ones that begin alike, in bytes. 128 MiB: what
+    /// many rollouts share is held while any of them lives, and what only one had is seldom asked for again.
+    pub kv_cache_idle_bytes_max: usize,
     /// Whether calls in flight go on with new weights as soon as there are any. Otherwise they end on those that they
     /// started with. `false`: then all tokens of a call have one version.
     pub swap_in_flight: bool,
@@ -148,6 +151,7 @@ impl Default for PolicyConfig {
             lora: None,
             critic: None,
             kv_cache_bytes_max: 1 << 30,
+            kv_cache_idle_bytes_max: 128 << 20,
             swap_in_flight: false,
             batch_wait_ms_max: 50,
             requests_waiting_max: 65_536,

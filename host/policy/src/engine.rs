@@ -180,6 +180,7 @@ impl PolicyEngine {
             threads: config.thread_count(),
             batch_wait_ms_max: config.batch_wait_ms_max,
             kv_cache_bytes_max: config.kv_cache_bytes_max,
+            kv_cache_idle_bytes_max: config.kv_cache_idle_bytes_max,
             swap_in_flight: config.swap_in_flight,
             requests_waiting_max: config.requests_waiting_max,
             stream_chunk_tokens: config.stream_chunk_tokens,
@@ -193,8 +194,12 @@ impl PolicyEngine {
         };
         let (snapshots, version) = (start.snapshots.clone(), start.version);
         let (models, critic) = trained(start, &weights);
-        // The limit is for all adapters together.
-        let limits = SchedulerLimits { kv_cache_bytes_max: limits.kv_cache_bytes_max / models.len(), ..limits };
+        // The limits are for all adapters together.
+        let limits = SchedulerLimits {
+            kv_cache_bytes_max: limits.kv_cache_bytes_max / models.len(),
+            kv_cache_idle_bytes_max: limits.kv_cache_idle_bytes_max / models.len(),
+            ..limits
+        };
         let first = |(name, model): (&ModelName, &Trained)| {
             Ok((name.clone(), Arc::new(model.publish(&tokenizer, limits, &rotary)?)))
         };

@@ -31,11 +31,13 @@ impl Drop for Reserved<'_> {
 }
 
 impl KvMemory {
-    pub(crate) fn new(shape: &ModelShape, bytes_max: usize) -> Self {
+    /// `idle_bytes_max` is of what is kept that no live session has used.
+    pub(crate) fn new(shape: &ModelShape, bytes_max: usize, idle_bytes_max: usize) -> Self {
+        let layout = BlockLayout::new(shape);
         Self {
             meter: Arc::default(),
-            tree: Mutex::default(),
-            layout: BlockLayout::new(shape),
+            tree: Mutex::new(PrefixTree::new(idle_bytes_max / layout.block_bytes())),
+            layout,
             bytes_max,
             blocks_evicted: AtomicU64::new(0),
         }
@@ -50,17 +52,32 @@ impl KvMemory {
         self.meter.bytes()
     }
 
+    /// A session lives: what it uses is kept for its next turn, as far as there is room.
+    pub(crate) fn open(&self, session: u64) {
+        self.tree().open(session);
+    }
+
+    /// A session has ended.
+    pub(crate) fn close(&self, session: u64) {
+        self.tree().close(session);
+    }
+
+    /// Frees what older weights have computed.
+    pub(crate) fn forget_before(&self, generation: u64) {
+        self.tree().is_of(generation);
+    }
+
     /// The longest known beginning of `ids`, in blocks that are shared.
-    pub(crate) fn longest(&self, generation: u64, ids: &[u32]) -> KvCache {
-        let (blocks, length) = self.tree().longest(generation, ids);
+    pub(crate) fn longest(&self, session: u64, generation: u64, ids: &[u32]) -> KvCache {
+        let (blocks, length) = self.tree().longest(session, generation, ids);
         KvCache::of_blocks(ids.get(..length).unwrap_or_default(), blocks, Some(&self.meter))
     }
 
     /// Keeps what a call has computed, as far as there is room; only whole blocks when it goes on writing.
-    pub(crate) fn keep(&self, generation: u64, cache: &KvCache, whole_blocks: bool) {
+    pub(crate) fn keep(&self, session: u64, generation: u64, cache: &KvCache, whole_blocks: bool) {
         let length = if whole_blocks { cache.len() - cache.len() % BLOCK_TOKENS } else { cache.len() };
         if self.bytes_max > 0 && length > 0 {
-            self.tree().insert(generation, cache.ids().get(..length).unwrap_or_default(), cache.blocks());
+            self.tree().insert(session, generation, cache.ids().get(..length).unwrap_or_default(), cache.blocks());
         }
     }
 

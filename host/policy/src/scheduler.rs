@@ -146,7 +146,7 @@ pub(crate) struct Scheduler {
 #[derive(Debug)]
 pub(crate) struct Ticket {
     scheduler: Arc<Scheduler>,
-    session: u64,
+    pub(crate) session: u64,
 }
 
 impl Drop for Ticket {
@@ -190,6 +190,7 @@ pub(crate) struct SchedulerLimits {
     pub(crate) threads: usize,
     pub(crate) batch_wait_ms_max: u64,
     pub(crate) kv_cache_bytes_max: usize,
+    pub(crate) kv_cache_idle_bytes_max: usize,
     pub(crate) requests_waiting_max: usize,
     pub(crate) stream_chunk_tokens: usize,
     pub(crate) kept_tokens_max: usize,
@@ -248,7 +249,7 @@ impl Scheduler {
         Self {
             state: Mutex::default(),
             wake: Condvar::new(),
-            memory: KvMemory::new(&first.shape, limits.kv_cache_bytes_max),
+            memory: KvMemory::new(&first.shape, limits.kv_cache_bytes_max, limits.kv_cache_idle_bytes_max),
             published: RwLock::new(Weights { decoder: Arc::new(first), generation: 0 }),
             tokenizer,
             grammars: OnceLock::new(),
@@ -283,16 +284,26 @@ impl Scheduler {
 
     /// Replaces the weights for calls that start from now on; calls in flight end on theirs, unless they are to be swapped.
     pub(crate) fn publish(&self, decoder: Decoder) {
-        let mut published = self.published.write().unwrap_or_else(PoisonError::into_inner);
-        *published = Weights { decoder: Arc::new(decoder), generation: published.generation + 1 };
+        let generation = {
+            let mut published = self.published.write().unwrap_or_else(PoisonError::into_inner);
+            let generation = published.generation + 1;
+            *published = Weights { decoder: Arc::new(decoder), generation };
+            generation
+        };
+        // At once: what comes next may be training, which needs memory of its own.
+        self.memory.forget_before(generation);
     }
 
     /// Counts a session as live.
     pub(crate) fn open_session(&self) -> u64 {
-        let mut state = self.lock();
-        state.serial += 1;
-        let session = state.serial;
-        state.sessions.insert(session, 0);
+        let session = {
+            let mut state = self.lock();
+            state.serial += 1;
+            let session = state.serial;
+            state.sessions.insert(session, 0);
+            session
+        };
+        self.memory.open(session);
         session
     }
 
@@ -305,6 +316,7 @@ impl Scheduler {
             }
         }
         self.wake.notify_all();
+        self.memory.close(session);
     }
 
     /// Queues a call and waits for its answer. Dropping the future cancels the call. A full queue answers `Unavailable`.

@@ -190,7 +190,7 @@ impl Worker {
         // The last token is always fed: its logits are needed.
         let feedable = call.ids.len().saturating_sub(1);
         let ids = call.ids.get(..feedable).unwrap_or_default();
-        let mut cache = self.scheduler.memory.longest(weights.generation, ids);
+        let mut cache = self.scheduler.memory.longest(call.session(), weights.generation, ids);
         let at: PromptKey = (weights.generation, call.request.prompt.clone(), 0);
         let neighbours = self.prompts.range(..&at).next_back().into_iter().chain(self.prompts.range(&at..).next());
         let shared = |(generation, prompt, id): &PromptKey| {
@@ -227,6 +227,7 @@ impl Worker {
                 None => {
                     let Some(active) = self.active.get(&id) else { continue };
                     self.scheduler.memory.longest(
+                        active.call.session(),
                         active.weights.generation,
                         active.call.ids.split_last().map_or(&[][..], |(_, before)| before),
                     )
@@ -282,7 +283,7 @@ impl Worker {
         let Some(Active { mut call, weights, cache, .. }) = self.remove(newest) else { return };
         call.computed = cache.len();
         // What nobody evicts until then need not be computed again.
-        self.scheduler.memory.keep(weights.generation, &cache, false);
+        self.scheduler.memory.keep(call.session(), weights.generation, &cache, false);
         count(&self.scheduler.counters.calls_put_back, 1);
         self.full = true;
         self.scheduler.put_back(vec![call]);
@@ -350,7 +351,8 @@ impl Worker {
             // is copied when this call goes on writing. Its last part may be one token.
             if (*count > 1 || active.call.announced) && active.unfed() == 0 {
                 let whole_blocks = !active.call.announced;
-                self.scheduler.memory.keep(active.weights.generation, &active.cache, whole_blocks);
+                let (memory, session) = (&self.scheduler.memory, active.call.session());
+                memory.keep(session, active.weights.generation, &active.cache, whole_blocks);
             }
             if active.unfed() == 0 {
                 self.scheduler.computed(&mut active.call);
@@ -367,7 +369,7 @@ impl Worker {
             Ok(Some(end)) => {
                 if let Some(Active { call, weights, cache, .. }) = self.remove(id) {
                     let memory = &self.scheduler.memory;
-                    memory.keep(weights.generation, &cache, false);
+                    memory.keep(call.session(), weights.generation, &cache, false);
                     drop(cache);
                     memory.make_room(0);
                     call.finish(end, &self.scheduler);

@@ -49,12 +49,17 @@ impl Bench {
     }
 
     fn with_threads(threads: usize, kv_blocks_max: usize, swap_in_flight: bool) -> Self {
+        Self::with_idle(threads, kv_blocks_max, usize::MAX, swap_in_flight)
+    }
+
+    fn with_idle(threads: usize, kv_blocks_max: usize, idle_bytes_max: usize, swap_in_flight: bool) -> Self {
         let texts = ["a room for people", "a room"].map(String::from);
         let tokenizer = PolicyTokenizer::train(texts.into_iter(), &TokenizerConfig::default()).unwrap();
         let limits = SchedulerLimits {
             threads,
             batch_wait_ms_max: 0,
             kv_cache_bytes_max: kv_blocks_max * BLOCK_BYTES,
+            kv_cache_idle_bytes_max: idle_bytes_max,
             requests_waiting_max: 10_000,
             stream_chunk_tokens: 1,
             kept_tokens_max: 0,
@@ -177,6 +182,25 @@ fn a_group_computes_its_prompt_once_and_a_later_member_only_its_last_token() {
     let mut later = bench.ask([prompt(1, 512), prompt(7, 20)].concat(), 1);
     bench.run(&mut later, 1);
     assert_eq!(rows(&bench), 512 + 15 + 20, "only what is new");
+}
+
+#[test]
+fn blocks_are_kept_for_the_session_that_has_used_them_and_go_with_it_or_with_its_weights() {
+    let mut bench = Bench::with_idle(1, 10_000, 0, false);
+    let turn = |bench: &mut Bench| {
+        let mut asked = bench.ask(prompt(0, 100), 2);
+        bench.run(&mut asked, 10);
+        bench.scheduler.counters.reused_tokens.load(Ordering::Relaxed)
+    };
+    assert_eq!((turn(&mut bench), bench.scheduler.memory.bytes()), (0, 4 * BLOCK_BYTES));
+    assert_eq!((turn(&mut bench), bench.scheduler.memory.bytes()), (99, 4 * BLOCK_BYTES));
+    bench.scheduler.close_session(bench.session);
+    assert_eq!(bench.scheduler.memory.bytes(), 0);
+    bench.session = bench.scheduler.open_session();
+    assert_eq!((turn(&mut bench), bench.scheduler.memory.bytes()), (99, 4 * BLOCK_BYTES));
+    bench.scheduler.publish(decoder(1));
+    assert_eq!(bench.scheduler.memory.bytes(), 0, "before anything is asked of the new ones");
+    assert_eq!((turn(&mut bench), bench.scheduler.memory.bytes()), (99, 4 * BLOCK_BYTES));
 }
 
 #[test]
