@@ -38,11 +38,15 @@ pub(crate) async fn train(arguments: TrainArguments) -> Result<(), Failure> {
         fulgurite_trainer::forget_peak_memory();
         let progress = Arc::new(TerminalProgress::new());
         let result = Box::pin(fulgurite_trainer::train(config, options, progress, stopped)).await?;
-        let took = shown(started.elapsed().as_secs_f64(), fulgurite_trainer::peak_memory_bytes());
+        let (seconds, memory_bytes) = (started.elapsed().as_secs_f64(), fulgurite_trainer::peak_memory_bytes());
+        let took = shown(seconds, memory_bytes);
         match estimate {
-            Some(Estimate { seconds, memory_bytes, .. }) => {
-                eprintln!("took {took} (the estimate was {})", shown(seconds, memory_bytes));
-            }
+            Some(estimate) => eprintln!(
+                "took {took} (estimated {}: {} and {})",
+                shown(estimate.seconds, estimate.memory_bytes),
+                off(estimate.seconds, seconds),
+                off(estimate.memory_bytes as f64, memory_bytes as f64),
+            ),
             None => eprintln!("took {took}"),
         }
         Ok(result)
@@ -88,6 +92,12 @@ async fn announce(
 
 fn shown(seconds: f64, memory_bytes: u64) -> String {
     format!("{} and {} of memory", fulgurite_trainer::shown_duration(seconds), HumanBytes(memory_bytes))
+}
+
+/// How far an estimate was from what came: `12 % less`.
+fn off(estimated: f64, came: f64) -> String {
+    let percent = 100.0 * (estimated / came.max(f64::MIN_POSITIVE) - 1.0);
+    format!("{:.0} % {}", percent.abs(), if percent < 0.0 { "less" } else { "more" })
 }
 
 pub(crate) async fn run(arguments: RunArguments) -> Result<(), Failure> {

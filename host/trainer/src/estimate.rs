@@ -3,6 +3,12 @@
 //! A rehearsal is the run itself in a folder of its own, which is removed afterwards: the same plugins, datasets, store and
 //! policy, but few steps of each stage and few rollouts of each evaluation. What they took is scaled up. So it holds for
 //! any algorithm, whatever a step of it does; it needs only to know how many steps there are.
+//!
+//! There are two. The first, of a few steps each, tells what steps cost, and with that how long the second may be. Most of
+//! the second goes to stages that others build upon: the rollouts of a policy that has learned too little end early, and
+//! steps on them are shorter than the run's will be. (Rejected: one rehearsal of a tenth of each stage's steps. After a
+//! tenth of its demonstrations the example's policy got the format wrong in six of seven rollouts, and the estimate was a
+//! quarter too low.)
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -15,19 +21,22 @@ use tokio::sync::watch;
 use crate::config::{RunConfig, StageConfig};
 use crate::error::TrainError;
 use crate::progress::{ProgressEvent, ProgressSink};
+use crate::report::RunResult;
 use crate::train::{TrainOptions, train};
 
-/// Fewest steps of a stage that are rehearsed. The first is slower than the others (buffers are made) and not counted.
-const STEPS: u64 = 5;
-/// Part of a stage's steps that is rehearsed, as its divisor: a stage must learn enough for the next one to have something to
-/// do. A policy that is never rewarded is never trained, and such steps are short.
-const STEPS_DIVISOR: u64 = 10;
-/// Most steps of a stage that are rehearsed.
-const STEPS_MAX: u64 = 100;
+/// Fewest steps of a stage that are rehearsed. The first is slower than the others (buffers are made) and not counted; one of
+/// the other five is followed by a checkpoint where these are made as often as by default.
+const STEPS: u64 = 6;
+/// Largest part of a stage's steps that is rehearsed, as its divisor.
+const STEPS_DIVISOR: u64 = 4;
 /// A stage of fewer steps than this for each rehearsed one is not worth a rehearsal.
 const STEPS_FOR_EACH_MIN: u64 = 8;
-/// Rollouts of each evaluation that are rehearsed.
-const EVALUATION_ROLLOUTS: usize = 128;
+/// The second rehearsal may take this part of what the first one says of the run.
+const SHARE: f64 = 0.1;
+/// The part of that for evaluations.
+const EVALUATION_SHARE: f64 = 0.4;
+/// Rollouts of each evaluation in the first rehearsal.
+const EVALUATION_ROLLOUTS: usize = 32;
 /// Config key of a stage's steps, by which all algorithms of this project go.
 const STEPS_KEY: &str = "steps";
 
@@ -38,7 +47,7 @@ pub struct Estimate {
     pub seconds: f64,
     /// Most memory at a time, in bytes of resident set; 0 where the system does not tell.
     pub memory_bytes: u64,
-    /// Seconds that the rehearsal took.
+    /// Seconds that the rehearsals took.
     pub rehearsal_seconds: f64,
 }
 
@@ -84,38 +93,128 @@ pub async fn estimate(
     }
     let parent = run.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     std::fs::create_dir_all(parent).map_err(TrainError::io(parent))?;
+    let started = Instant::now();
+    let first = rehearse(config, &Length::shortest(config), parent, cache.clone(), stop.clone()).await?;
+    let rehearsed = match first.length_of_second(config) {
+        Some(length) => rehearse(config, &length, parent, cache, stop).await?,
+        None => first,
+    };
+    Ok(Ok(Estimate {
+        seconds: rehearsed.run_seconds(config),
+        memory_bytes: rehearsed.memory_bytes,
+        rehearsal_seconds: started.elapsed().as_secs_f64(),
+    }))
+}
+
+/// How long a rehearsal is.
+#[derive(Debug, Clone, PartialEq)]
+struct Length {
+    /// Steps by stage.
+    steps: BTreeMap<String, u64>,
+    /// Rollouts of each evaluation, of each kind.
+    rollouts: usize,
+}
+
+impl Length {
+    fn shortest(config: &RunConfig) -> Self {
+        let all = config.stage.iter().chain(&config.control);
+        let steps = all.map(|stage| (stage.name.clone(), STEPS.min(steps_of(stage).unwrap_or(STEPS)))).collect();
+        Self { steps, rollouts: EVALUATION_ROLLOUTS }
+    }
+
+    /// The same run, shorter.
+    fn of(&self, config: &RunConfig) -> RunConfig {
+        let mut config = config.clone();
+        for stage in config.stage.iter_mut().chain(&mut config.control) {
+            let steps = self.steps.get(&stage.name).copied().unwrap_or(STEPS);
+            stage.config.insert(STEPS_KEY.to_owned(), toml::Value::Integer(i64::try_from(steps).unwrap_or(i64::MAX)));
+            stage.tokens_of = None;
+        }
+        let evaluation = &mut config.evaluation;
+        evaluation.sampled_rollouts = evaluation.sampled_rollouts.min(self.rollouts);
+        evaluation.greedy_rollouts = evaluation.greedy_rollouts.min(self.rollouts);
+        config
+    }
+}
+
+/// What a rehearsal took.
+struct Rehearsed {
+    seconds: f64,
+    memory_bytes: u64,
+    measured: Measured,
+    result: RunResult,
+}
+
+async fn rehearse(
+    config: &RunConfig,
+    length: &Length,
+    parent: &Path,
+    cache: Option<PathBuf>,
+    stop: watch::Receiver<bool>,
+) -> Result<Rehearsed, TrainError> {
     let folder = tempfile::Builder::new().prefix(".rehearsal-").tempdir_in(parent).map_err(TrainError::io(parent))?;
     let options = TrainOptions { run: folder.path().join("run"), resume: false, cache };
     let clock = Arc::new(Clock::default());
-    let started = Instant::now();
     forget_peak_memory();
+    let started = Instant::now();
     // Boxed: the future of a run is large, and this one is inside the caller's.
-    let result = Box::pin(train(rehearsal(config), options, clock.clone(), stop)).await?;
-    let elapsed = started.elapsed().as_secs_f64();
-    let tokens_per_step = |name: &str| {
-        let report = result.stages.iter().chain(&result.controls).find(|report| report.name == name)?;
+    let result = Box::pin(train(length.of(config), options, clock.clone(), stop)).await?;
+    let seconds = started.elapsed().as_secs_f64();
+    Ok(Rehearsed { seconds, memory_bytes: peak_memory_bytes(), measured: clock.measured(), result })
+}
+
+impl Rehearsed {
+    /// Tokens that a step of a stage is trained on.
+    fn tokens_per_step(&self, name: &str) -> Option<f64> {
+        let all = || self.result.stages.iter().chain(&self.result.controls);
+        let report = all().find(|report| report.name == name)?;
         Some(report.tokens as f64 / report.steps.max(1) as f64)
-    };
-    let measured = clock.measured();
-    // What is done once whatever the length: plugins, datasets, tokenizer.
-    let mut seconds = (elapsed - measured.counted_seconds).max(0.0);
-    for stage in config.stage.iter().chain(&config.control) {
-        let Some(step_seconds) = measured.step_seconds(&stage.name) else { continue };
-        let own = steps_of(stage);
-        let allowed = stage.tokens_of.as_ref().and_then(|of| {
-            let of = config.stage.iter().find(|stage| stage.name == *of)?;
-            let tokens = steps_of(of)? as f64 * tokens_per_step(&of.name)?;
-            Some(tokens / tokens_per_step(&stage.name)?.max(1.0))
-        });
-        let steps = own.map_or(f64::INFINITY, |steps| steps as f64).min(allowed.unwrap_or(f64::INFINITY));
-        seconds += steps * step_seconds;
     }
-    for (kind, rollouts) in
-        [("sampled", config.evaluation.sampled_rollouts), ("greedy", config.evaluation.greedy_rollouts)]
-    {
-        seconds += measured.evaluation_seconds(kind, rollouts);
+
+    /// What the whole run will take.
+    fn run_seconds(&self, config: &RunConfig) -> f64 {
+        // What is done once whatever the length: plugins, datasets, tokenizer.
+        let mut seconds = (self.seconds - self.measured.counted_seconds).max(0.0);
+        for stage in config.stage.iter().chain(&config.control) {
+            let Some(step_seconds) = self.measured.step_seconds(&stage.name) else { continue };
+            let own = steps_of(stage);
+            let allowed = stage.tokens_of.as_ref().and_then(|of| {
+                let of = config.stage.iter().find(|stage| stage.name == *of)?;
+                let tokens = steps_of(of)? as f64 * self.tokens_per_step(&of.name)?;
+                Some(tokens / self.tokens_per_step(&stage.name)?.max(1.0))
+            });
+            let steps = own.map_or(f64::INFINITY, |steps| steps as f64).min(allowed.unwrap_or(f64::INFINITY));
+            seconds += steps * step_seconds;
+        }
+        let evaluation = &config.evaluation;
+        let kinds = [("sampled", evaluation.sampled_rollouts), ("greedy", evaluation.greedy_rollouts)];
+        seconds + kinds.map(|(kind, rollouts)| self.measured.evaluation_seconds(kind, rollouts)).iter().sum::<f64>()
     }
-    Ok(Ok(Estimate { seconds, memory_bytes: peak_memory_bytes(), rehearsal_seconds: elapsed }))
+
+    /// As long as this one's figures allow; `None` when the run is too short for another one.
+    fn length_of_second(&self, config: &RunConfig) -> Option<Length> {
+        let mut length = Length::shortest(config);
+        let seconds = SHARE * self.run_seconds(config);
+        // As many rollouts as live at once: they take the memory.
+        let of_one: f64 = ["sampled", "greedy"].iter().map(|kind| self.measured.evaluation_seconds(kind, 1)).sum();
+        let affordable = (EVALUATION_SHARE * seconds / of_one.max(1e-9)) as usize;
+        length.rollouts = config.rollout.live_max.min(affordable).max(EVALUATION_ROLLOUTS);
+        let step_seconds = |name: &str| self.measured.step_seconds(name).unwrap_or(0.0);
+        let shortest: f64 = length.steps.iter().map(|(name, steps)| *steps as f64 * step_seconds(name)).sum();
+        let mut left = seconds - of_one * length.rollouts as f64 - shortest;
+        if left < 0.0 {
+            return None;
+        }
+        let built_upon = config.stage.split_last().map(|(_, before)| before).unwrap_or_default();
+        for stage in built_upon {
+            let (Some(steps), Some(own)) = (length.steps.get_mut(&stage.name), steps_of(stage)) else { continue };
+            let affordable = (left / step_seconds(&stage.name).max(1e-9)) as u64;
+            let more = affordable.min((own / STEPS_DIVISOR).saturating_sub(*steps));
+            *steps += more;
+            left -= more as f64 * step_seconds(&stage.name);
+        }
+        Some(length)
+    }
 }
 
 fn steps_of(stage: &StageConfig) -> Option<u64> {
@@ -126,7 +225,10 @@ fn rehearsable(config: &RunConfig) -> Result<(), NoEstimate> {
     if config.policy.local.is_none() || config.stage.is_empty() {
         return Err(NoEstimate::NothingTrained);
     }
-    if !config.endpoint.is_empty() || config.tools.values().any(|tool| !tool.grants.http.is_empty()) {
+    if config.policy.endpoint.is_some()
+        || !config.endpoint.is_empty()
+        || config.tools.values().any(|tool| !tool.grants.http.is_empty())
+    {
         return Err(NoEstimate::Noticed);
     }
     let unknown = config.stage.iter().chain(&config.control).find(|stage| steps_of(stage).is_none());
@@ -137,33 +239,20 @@ fn rehearsable(config: &RunConfig) -> Result<(), NoEstimate> {
     if longest < STEPS * STEPS_FOR_EACH_MIN { Err(NoEstimate::Short) } else { Ok(()) }
 }
 
-/// The same run, shorter.
-fn rehearsal(config: &RunConfig) -> RunConfig {
-    let mut config = config.clone();
-    let controls = config.control.iter_mut().map(|control| (control, STEPS));
-    for (stage, steps_max) in config.stage.iter_mut().map(|stage| (stage, STEPS_MAX)).chain(controls) {
-        let own = steps_of(stage).unwrap_or(STEPS);
-        let steps = (own / STEPS_DIVISOR).clamp(STEPS, steps_max).min(own);
-        stage.config.insert(STEPS_KEY.to_owned(), toml::Value::Integer(i64::try_from(steps).unwrap_or(i64::MAX)));
-        stage.tokens_of = None;
-    }
-    let evaluation = &mut config.evaluation;
-    evaluation.sampled_rollouts = evaluation.sampled_rollouts.min(EVALUATION_ROLLOUTS);
-    evaluation.greedy_rollouts = evaluation.greedy_rollouts.min(EVALUATION_ROLLOUTS);
-    config
-}
-
 /// Notes when things happen in the rehearsal.
 #[derive(Debug, Default)]
 struct Clock(Mutex<Measured>);
 
 #[derive(Debug, Clone, Default)]
 struct Measured {
-    /// Seconds of each step of a stage.
+    /// Seconds of each step of a stage, with what follows it (a checkpoint) before the next.
     steps: BTreeMap<String, Vec<f64>>,
     /// Kind, rollouts and seconds of each evaluation.
     evaluations: Vec<(&'static str, u64, f64)>,
-    open: Option<(u64, Instant)>,
+    /// When the step or the evaluation under way began.
+    since: Option<Instant>,
+    /// Rollouts of the evaluation under way.
+    rollouts: u64,
     /// Seconds of steps and evaluations.
     counted_seconds: f64,
 }
@@ -172,30 +261,41 @@ impl Clock {
     fn measured(&self) -> Measured {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
+
+    fn event_at(&self, event: ProgressEvent, now: Instant) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).event(event, now);
+    }
 }
 
 impl ProgressSink for Clock {
     fn event(&self, event: ProgressEvent) {
-        let mut measured = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        match event {
-            ProgressEvent::StepEnded { stage, seconds, .. } => {
-                measured.counted_seconds += seconds;
-                measured.steps.entry(stage).or_default().push(seconds);
-            }
-            ProgressEvent::EvaluationStarted { rollouts, .. } => measured.open = Some((rollouts, Instant::now())),
-            ProgressEvent::EvaluationEnded { kind, .. } => {
-                if let Some((rollouts, started)) = measured.open.take() {
-                    let seconds = started.elapsed().as_secs_f64();
-                    measured.counted_seconds += seconds;
-                    measured.evaluations.push((kind, rollouts, seconds));
-                }
-            }
-            _ => {}
-        }
+        self.event_at(event, Instant::now());
     }
 }
 
 impl Measured {
+    fn event(&mut self, event: ProgressEvent, now: Instant) {
+        let passed = |measured: &mut Self| {
+            let since = measured.since.replace(now).unwrap_or(now);
+            let seconds = now.duration_since(since).as_secs_f64();
+            measured.counted_seconds += seconds;
+            seconds
+        };
+        match event {
+            ProgressEvent::StageStarted { .. } => self.since = Some(now),
+            ProgressEvent::StepEnded { stage, .. } => {
+                let seconds = passed(self);
+                self.steps.entry(stage).or_default().push(seconds);
+            }
+            ProgressEvent::EvaluationStarted { rollouts, .. } => (self.since, self.rollouts) = (Some(now), rollouts),
+            ProgressEvent::EvaluationEnded { kind, .. } => {
+                let seconds = passed(self);
+                self.evaluations.push((kind, self.rollouts, seconds));
+            }
+            _ => {}
+        }
+    }
+
     /// Mean seconds of a step of a stage, its first left out.
     fn step_seconds(&self, stage: &str) -> Option<f64> {
         let all = self.steps.get(stage)?;
@@ -247,17 +347,100 @@ mod tests {
         assert_eq!(shown[..6], ["0 s", "59 s", "1 min 00 s", "7 min 30 s", "59 min 59 s", "3 h 05 min"]);
     }
 
-    #[test]
-    fn the_first_step_is_left_out_and_evaluations_are_scaled() {
-        let step = |seconds| ProgressEvent::StepEnded { stage: "a".into(), step: 0, scalars: BTreeMap::new(), seconds };
-        let clock = Clock::default();
-        for seconds in [9.0, 1.0, 3.0] {
-            clock.event(step(seconds));
+    fn config() -> RunConfig {
+        let text = r#"
+            name = "a"
+            agent.component = "a.wasm"
+            dataset.d = { train = "t", test = "t" }
+            policy.local.tokenizer.corpus = ["d"]
+            rollout.live_max = 100
+            evaluation = { dataset = "d", sampled_rollouts = 400, greedy_rollouts = 200 }
+            [[stage]]
+            name = "one"
+            algorithm = "o.wasm"
+            dataset = "d"
+            config.steps = 600
+            [[stage]]
+            name = "two"
+            algorithm = "t.wasm"
+            dataset = "d"
+            config.steps = 200
+            [[control]]
+            name = "three"
+            algorithm = "o.wasm"
+            dataset = "d"
+            start_from = "one"
+            tokens_of = "two"
+            config.steps = 1_000_000
+        "#;
+        RunConfig::parse(Path::new("a.toml"), text).unwrap()
+    }
+
+    /// A rehearsal in which a step of each stage and a rollout of each evaluation took so many seconds.
+    fn rehearsed(length: &Length, step_seconds: &[(&str, f64, u64)], rollout_seconds: f64) -> Rehearsed {
+        let (clock, start) = (Clock::default(), Instant::now());
+        let mut now = 0.5;
+        let at = |seconds| start + Duration::from_secs_f64(seconds);
+        let mut reports = vec![];
+        for (name, seconds, tokens) in step_seconds {
+            let (kind, name) = ("stage", (*name).to_owned());
+            clock.event_at(ProgressEvent::StageStarted { kind, name: name.clone(), step: 0, steps: None }, at(now));
+            let steps = length.steps[&name];
+            for step in 0..steps {
+                // The first is slow.
+                now += seconds * if step == 0 { 9.0 } else { 1.0 };
+                let (stage, scalars) = (name.clone(), BTreeMap::new());
+                clock.event_at(ProgressEvent::StepEnded { stage, step, scalars, seconds: 0.0 }, at(now));
+            }
+            for kind in ["sampled", "greedy"] {
+                let rollouts = length.rollouts as u64;
+                clock.event_at(ProgressEvent::EvaluationStarted { label: name.clone(), kind, rollouts }, at(now));
+                now += rollouts as f64 * rollout_seconds;
+                clock.event_at(ProgressEvent::EvaluationEnded { label: name.clone(), kind, mean: 0.0 }, at(now));
+            }
+            reports.push(crate::report::StageReport { name, steps, tokens: tokens * steps, ..Default::default() });
         }
-        let mut measured = clock.measured();
-        assert_eq!((measured.step_seconds("a"), measured.step_seconds("b")), (Some(2.0), None));
-        measured.evaluations = vec![("sampled", 10, 2.0), ("greedy", 10, 5.0), ("sampled", 20, 1.0)];
-        assert!((measured.evaluation_seconds("sampled", 40) - 10.0).abs() < 1e-9);
+        let controls = reports.split_off(2);
+        let result = RunResult { stages: reports, controls, ..Default::default() };
+        Rehearsed { seconds: now + 0.5, memory_bytes: 1, measured: clock.measured(), result }
+    }
+
+    #[test]
+    fn what_was_rehearsed_is_scaled_up_and_the_first_step_left_out() {
+        let config = config();
+        let run =
+            rehearsed(&Length::shortest(&config), &[("one", 0.05, 10), ("two", 0.2, 40), ("three", 0.05, 10)], 0.01);
+        // A second outside of steps; the control may use 200 x 40 tokens; three evaluations.
+        let want = 1.0 + 600.0 * 0.05 + 200.0 * 0.2 + 800.0 * 0.05 + 3.0 * (400.0 + 200.0) * 0.01;
+        let seconds = run.run_seconds(&config);
+        assert!((seconds - want).abs() < 1e-6, "{seconds} {want}");
+    }
+
+    #[test]
+    fn the_second_rehearsal_takes_a_tenth_of_the_run_and_mostly_for_what_is_built_upon() {
+        let config = config();
+        let figures = [("one", 0.1, 10), ("two", 0.2, 40), ("three", 0.05, 10)];
+        let first = rehearsed(&Length::shortest(&config), &figures, 0.002);
+        let length = first.length_of_second(&config).unwrap();
+        assert_eq!((length.rollouts, length.steps["two"], length.steps["three"]), (100, STEPS, STEPS));
+        let steps = length.steps["one"];
+        let seconds = 0.1 * steps as f64 + (0.2 + 0.05) * STEPS as f64 + 3.0 * 2.0 * 100.0 * 0.002;
+        let allowed = SHARE * first.run_seconds(&config);
+        assert!(seconds <= allowed && allowed < seconds + 0.1, "{seconds} {allowed}");
+        let shorter = length.of(&config);
+        assert_eq!(steps_of(&shorter.stage[0]), Some(steps));
+        assert_eq!((shorter.evaluation.sampled_rollouts, shorter.control[0].tokens_of.as_ref()), (100, None));
+
+        let never_more_than_a_quarter =
+            rehearsed(&Length::shortest(&config), &[("one", 0.001, 1), figures[1], figures[2]], 0.0);
+        assert_eq!(never_more_than_a_quarter.length_of_second(&config).unwrap().steps["one"], 150);
+        let dear = rehearsed(&Length::shortest(&config), &figures, 0.3);
+        assert_eq!(dear.length_of_second(&config).map(|length| length.rollouts), Some(EVALUATION_ROLLOUTS));
+        let mut short = config.clone();
+        for stage in &mut short.stage {
+            stage.config.insert(STEPS_KEY.to_owned(), toml::Value::Integer(20));
+        }
+        assert_eq!(first.length_of_second(&short), None);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::evaluate::Evaluation;
 
 /// One line of the final table: a stage, a control or a baseline.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct StageReport {
     /// `initial`, `stage`, `control` or `baseline`.
     pub kind: String,
@@ -36,7 +36,7 @@ pub struct StageReport {
 }
 
 /// The final result of a run.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct RunResult {
     /// Where it is stored.
     pub run: String,
