@@ -27,6 +27,18 @@ fn config_mistakes_name_the_place_and_the_fix() {
             2,
             vec!["unknown field `memory_bytes`", "memory_bytes_max"],
         ),
+        (
+            "[policy.local.tokenizer]",
+            "[policy.local.model]\ndevice = \"cuda:200\"\n[policy.local.tokenizer]",
+            2,
+            vec!["`cuda:200` cannot be used", "cuda"],
+        ),
+        (
+            "[policy.local.tokenizer]",
+            "[policy.local.lora]\nrank = 0\n[policy.local.tokenizer]",
+            2,
+            vec!["lora.rank", "1 to 1024"],
+        ),
     ];
     for (old, new, code, expected) in cases {
         let bench = Bench::new();

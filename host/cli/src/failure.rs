@@ -89,7 +89,9 @@ impl From<TrainError> for Failure {
             | TrainError::ConfigChanged { .. }
             | TrainError::PolicyChanged { .. }
             | TrainError::NoWeights { .. }
-            | TrainError::Policy(PolicyError::ModelFile { .. })
+            | TrainError::Policy(
+                PolicyError::ModelFile { .. } | PolicyError::UnusableDevice { .. } | PolicyError::InvalidConfig { .. },
+            )
             | TrainError::MissingSplit { .. } => CODE_USAGE,
             TrainError::Stopped | TrainError::Drained { .. } => CODE_INTERRUPTED,
             _ => CODE_FAILED,

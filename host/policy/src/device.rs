@@ -111,10 +111,10 @@ impl PolicyDevice {
         match self {
             Self::Cpu => Ok(Backend::Kernels),
             Self::Flex => Ok(Backend::Burn(Device::flex())),
-            Self::Cuda(index) => cuda::open(index).map(Backend::Burn).map_err(unusable),
-            Self::Wgpu(index) => wgpu::open(index).map(Backend::Burn).map_err(unusable),
+            Self::Cuda(index) => CUDA.open(index).map(Backend::Burn).map_err(unusable),
+            Self::Wgpu(index) => WGPU.open(index).map(Backend::Burn).map_err(unusable),
             Self::Auto => {
-                let gpu = cuda::open(0).or_else(|_| wgpu::open(0));
+                let gpu = CUDA.open(0).or_else(|_| WGPU.open(0));
                 Ok(gpu.map_or(Backend::Kernels, Backend::Burn))
             }
         }
@@ -130,22 +130,65 @@ impl PolicyDevice {
     /// All devices that a config can name, the best one first, with what was found of each.
     #[must_use]
     pub fn findings() -> Vec<DeviceFinding> {
-        let gpu = |device, opened: Result<usize, String>| DeviceFinding {
-            device,
-            usable: opened.is_ok(),
-            found: opened.map_or_else(|reason| reason, |count| format!("{count} found")),
+        let gpu = |device, kind: GpuKind| {
+            let all = kind.all();
+            let usable = all.is_ok();
+            DeviceFinding { device, usable, found: all.map_or_else(|why| why, |all| format!("{} found", all.len())) }
         };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         vec![
-            gpu(Self::Cuda(0), cuda::count()),
-            gpu(Self::Wgpu(0), wgpu::count()),
+            gpu(Self::Cuda(0), CUDA),
+            gpu(Self::Wgpu(0), WGPU),
             DeviceFinding { device: Self::Cpu, usable: true, found: format!("{cores} cores") },
         ]
     }
 }
 
-/// Asks burn how many devices of a kind there are. Drivers that are missing or broken make some of its backends panic; that
-/// is an answer too.
+/// GPUs of one kind.
+struct GpuKind {
+    /// The feature of this crate that has them.
+    feature: &'static str,
+    /// What to say where there are none.
+    missing: &'static str,
+    /// Asks burn for them; `None` in a build without the feature.
+    all: Option<fn() -> Result<Vec<Device>, String>>,
+}
+
+const CUDA: GpuKind = GpuKind {
+    feature: "cuda",
+    missing: "no NVIDIA GPU was found: install its driver, and CUDA's runtime compiler (libnvrtc)",
+    #[cfg(feature = "cuda")]
+    all: Some(|| probe(burn::tensor::DeviceType::Cuda)),
+    #[cfg(not(feature = "cuda"))]
+    all: None,
+};
+
+const WGPU: GpuKind = GpuKind {
+    feature: "wgpu",
+    missing: "no GPU was found: install a Vulkan driver",
+    #[cfg(feature = "wgpu")]
+    all: Some(|| probe(burn::tensor::DeviceType::Wgpu)),
+    #[cfg(not(feature = "wgpu"))]
+    all: None,
+};
+
+impl GpuKind {
+    /// All of them, at least one; or why there is none.
+    fn all(&self) -> Result<Vec<Device>, String> {
+        let absent = || format!("this build is without it: build with `--features {}`", self.feature);
+        let found = self.all.ok_or_else(absent)?()?;
+        if found.is_empty() { Err(self.missing.to_owned()) } else { Ok(found) }
+    }
+
+    fn open(&self, index: u16) -> Result<Device, String> {
+        let found = self.all()?;
+        let count = found.len();
+        found.into_iter().nth(usize::from(index)).ok_or_else(|| format!("there are {count}, numbered from 0"))
+    }
+}
+
+/// Asks burn which devices of a kind there are. Drivers that are missing or broken make some of its backends panic; that is
+/// an answer too.
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 fn probe(kind: burn::tensor::DeviceType) -> Result<Vec<Device>, String> {
     let found = std::panic::catch_unwind(|| Device::enumerate(kind)).map_err(|panic| {
@@ -153,82 +196,6 @@ fn probe(kind: burn::tensor::DeviceType) -> Result<Vec<Device>, String> {
         format!("its driver failed: {}", text.unwrap_or("no message"))
     })?;
     Ok(found.into_iter().collect())
-}
-
-#[cfg(any(feature = "cuda", feature = "wgpu"))]
-fn pick(found: Vec<Device>, index: u16) -> Result<Device, String> {
-    let count = found.len();
-    found.into_iter().nth(usize::from(index)).ok_or_else(|| format!("there are {count}, numbered from 0"))
-}
-
-#[cfg(feature = "cuda")]
-mod cuda {
-    use super::{Device, pick, probe};
-
-    const MISSING: &str = "no NVIDIA GPU was found: install its driver, and CUDA's runtime compiler (libnvrtc)";
-
-    fn all() -> Result<Vec<Device>, String> {
-        let found = probe(burn::tensor::DeviceType::Cuda)?;
-        if found.is_empty() { Err(MISSING.to_owned()) } else { Ok(found) }
-    }
-
-    pub(super) fn count() -> Result<usize, String> {
-        all().map(|found| found.len())
-    }
-
-    pub(super) fn open(index: u16) -> Result<Device, String> {
-        pick(all()?, index)
-    }
-}
-
-#[cfg(not(feature = "cuda"))]
-mod cuda {
-    use super::Device;
-
-    const ABSENT: &str = "this build is without it: build with `--features cuda`";
-
-    pub(super) fn count() -> Result<usize, String> {
-        Err(ABSENT.to_owned())
-    }
-
-    pub(super) fn open(_index: u16) -> Result<Device, String> {
-        Err(ABSENT.to_owned())
-    }
-}
-
-#[cfg(feature = "wgpu")]
-mod wgpu {
-    use super::{Device, pick, probe};
-
-    const MISSING: &str = "no GPU was found: install a Vulkan driver";
-
-    fn all() -> Result<Vec<Device>, String> {
-        let found = probe(burn::tensor::DeviceType::Wgpu)?;
-        if found.is_empty() { Err(MISSING.to_owned()) } else { Ok(found) }
-    }
-
-    pub(super) fn count() -> Result<usize, String> {
-        all().map(|found| found.len())
-    }
-
-    pub(super) fn open(index: u16) -> Result<Device, String> {
-        pick(all()?, index)
-    }
-}
-
-#[cfg(not(feature = "wgpu"))]
-mod wgpu {
-    use super::Device;
-
-    const ABSENT: &str = "this build is without it: build with `--features wgpu`";
-
-    pub(super) fn count() -> Result<usize, String> {
-        Err(ABSENT.to_owned())
-    }
-
-    pub(super) fn open(_index: u16) -> Result<Device, String> {
-        Err(ABSENT.to_owned())
-    }
 }
 
 #[cfg(test)]

@@ -249,7 +249,7 @@ fn sliding_window(fields: &Fields, architecture: Architecture, layers: usize) ->
     let window = if fields.map.contains_key("sliding_window") { fields.size("sliding_window")? } else { Some(4_096) };
     match architecture {
         Architecture::Llama => return Ok(None),
-        Architecture::Mistral => return Ok(window),
+        Architecture::Mistral => return one_window(fields, window).map(|()| window),
         Architecture::Qwen2 | Architecture::Qwen3 => {}
     }
     let window = if fields.flag("use_sliding_window")? { window } else { None };
@@ -283,6 +283,20 @@ fn sliding_window(fields: &Fields, architecture: Architecture, layers: usize) ->
         return Err(fields.wrong(format!("`sliding_window` is {}: {reason}", window.unwrap_or_default())));
     }
     Ok(first)
+}
+
+/// A Mistral has one window for all layers, or none. A list of kinds that says something else is of another model.
+fn one_window(fields: &Fields, window: Option<usize>) -> Result<(), PolicyError> {
+    let kinds = fields.typed("layer_types", "a list", |value| value.as_array().cloned())?;
+    let all = if window.is_some() { "sliding_attention" } else { "full_attention" };
+    match kinds.iter().flatten().find(|kind| kind.as_str() != Some(all)) {
+        Some(kind) => {
+            let window = window.map_or_else(|| "null".to_owned(), |window| window.to_string());
+            let supported = "supported is one window for all layers, or none";
+            Err(fields.wrong(format!("`layer_types` has {kind} and `sliding_window` is {window}: {supported}")))
+        }
+        None => Ok(()),
+    }
 }
 
 fn describe(fields: &Fields, generation: Option<&Fields>) -> Result<ModelDescription, PolicyError> {
@@ -416,6 +430,15 @@ mod tests {
         assert_eq!(window(&mistral).unwrap(), Some(4_096), "the default of its class");
         assert_eq!(window(&with(&mistral, json!({"sliding_window": null}))).unwrap(), None);
         assert_eq!(window(&with(&mistral, json!({"sliding_window": 5}))).unwrap(), Some(5));
+        let kinds = |kinds: &[&str]| json!({"sliding_window": 5, "layer_types": kinds});
+        let (sliding, full) = ("sliding_attention", "full_attention");
+        assert_eq!(window(&with(&mistral, kinds(&[sliding, sliding, sliding]))).unwrap(), Some(5));
+        for mixed in [[full, sliding, full], [full, full, full]] {
+            let error = window(&with(&mistral, kinds(&mixed))).unwrap_err().to_string();
+            for text in ["`layer_types`", full, "`sliding_window` is 5", "one window for all layers"] {
+                assert!(error.contains(text), "{mixed:?}: no {text:?} in {error}");
+            }
+        }
         let qwen = json!({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "sliding_window": 5});
         assert_eq!(window(&qwen).unwrap(), None, "given and not in use");
         let used = with(&qwen, json!({"use_sliding_window": true}));
@@ -437,6 +460,11 @@ mod tests {
                 ["SequenceClassification", "LlamaForCausalLM"],
             ),
             (json!({"rope_scaling": {"type": "yarn", "factor": 4.0}}), ["`yarn`", "`llama3`"]),
+            (
+                json!({"model_type": "mistral", "architectures": ["MistralForCausalLM"],
+                       "rope_parameters": {"rope_type": "yarn", "factor": 16.0}}),
+                ["`rope_parameters.rope_type` is `yarn`", "`llama3`"],
+            ),
             (
                 json!({"rope_parameters": {"full_attention": {"rope_type": "default"}}}),
                 ["full_attention", "all layers"],
