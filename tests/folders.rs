@@ -106,6 +106,76 @@ fn a_folder_is_trained_resumed_exported_and_used_again() {
     assert!(refused.stderr.contains("neither a run nor a checkpoint"), "{}", refused.stderr);
 }
 
+/// The largest difference of two models' logits after one prompt.
+fn apart(a: &Value, b: &Value) -> f64 {
+    let numbers = |value: &Value| -> Vec<f64> {
+        value["last_logits"].as_array().unwrap().iter().map(|number| number.as_f64().unwrap()).collect()
+    };
+    numbers(a).iter().zip(numbers(b)).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
+}
+
+#[test]
+fn an_adapter_is_exported_merged_and_gone_on_from() {
+    let bench = bench("qwen2");
+    let lora =
+        "[policy.local.lora]\nrank = 4\nalpha = 6.0\ntargets = [\"q\", \"v\", \"down\"]\nadapters = [\"other\"]\n";
+    bench.replace("[rollout.sampling]", &format!("{lora}[rollout.sampling]"));
+    bench.replace("learning_rate = 1e-3", "learning_rate = 3e-2");
+    let trained = bench.succeed(&["train", "run.toml", "--run", "a", "--output", "json"]).json();
+    assert_ne!(trained["initial"]["weights"], weights(&trained, 0));
+
+    bench.succeed(&["policy", "export", "a", "--to", "adapter"]);
+    let tensors = |path: &str| std::fs::read(bench.path().join(path).join("adapter_model.safetensors")).unwrap();
+    assert_eq!(tensors("adapter"), tensors("a/policies/grpo"));
+    let settings: Value = serde_json::from_str(&bench.read("adapter/adapter_config.json")).unwrap();
+    assert_eq!((&settings["r"], &settings["lora_alpha"]), (&4.into(), &6.0.into()));
+    assert!(settings["base_model_name_or_path"].as_str().unwrap().ends_with("/model"), "{settings}");
+    bench.succeed(&["policy", "export", "a/policies/sft", "--adapter", "other", "--to", "other"]);
+    assert_ne!(tensors("other"), tensors("adapter"));
+
+    // A merged model says what base and adapter say together.
+    bench.succeed(&["policy", "merge", "model", "adapter", "--to", "merged", "--dtype", "f32"]);
+    bench.succeed(&["policy", "merge", "model", "a", "--to", "of-the-run", "--dtype", "f32"]);
+    let weights_of = |name: &str| std::fs::read(bench.path().join(name).join("model.safetensors")).unwrap();
+    assert_eq!(weights_of("merged"), weights_of("of-the-run"));
+    bench.write("chat.json", r#"[{"role": "user", "content": "a room at 10:30"}]"#);
+    let logits = |arguments: &[&str]| {
+        let common = ["policy", "logits", "--messages", "chat.json", "--output", "json"];
+        bench.succeed(&[common.as_slice(), arguments].concat()).json()
+    };
+    let (base, merged) = (logits(&["model"]), logits(&["merged"]));
+    let adapted = logits(&["model", "--adapter", "adapter"]);
+    let (difference, moved) = (apart(&merged, &adapted), apart(&base, &adapted));
+    println!("merged against adapted {difference:.1e}, base against adapted {moved:.1e}");
+    assert!(difference < 1e-4 && moved > 1e-2, "{difference:e} {moved:e}");
+    assert_eq!(adapted, logits(&["model", "--adapter", "a"]));
+
+    // Another run begins where this one ended, to the last bit.
+    bench.replace("rank = 4", "rank = 4\nadapter_directory = \"adapter\"");
+    let continued = bench.succeed(&["train", "run.toml", "--run", "b", "--output", "json"]).json();
+    assert_eq!(continued["initial"]["weights"].as_str(), Some(weights(&trained, 1)));
+    assert_eq!(tensors("b/policies/initial"), tensors("adapter"));
+    assert_ne!(tensors("b/policies/sft"), tensors("adapter"));
+
+    let refused = |arguments: &[&str], texts: &[&str]| {
+        let finished = bench.run(arguments);
+        assert_eq!(finished.code, 2, "{}", finished.stderr);
+        for text in texts {
+            assert!(finished.stderr.contains(text), "{arguments:?}: no {text:?} in\n{}", finished.stderr);
+        }
+    };
+    let export = |more: &[&'static str]| [["policy", "export", "a", "--to", "x"].as_slice(), more].concat();
+    refused(&export(&["--adapter", "nobody"]), &["no adapter `nobody`", "[policy.local.lora]"]);
+    refused(&export(&["--dtype", "bf16"]), &["float32"]);
+    refused(&["policy", "merge", "model", "model", "--to", "x"], &["model/adapter_config.json"]);
+    refused(&["policy", "merge", "merged", "adapter", "--to", "merged"], &["something already"]);
+    bench.replace("rank = 4", "rank = 8");
+    refused(&["train", "run.toml", "--run", "c"], &["`r` is 4 and `rank` of the config is 8"]);
+    bench.replace("adapter_directory = \"adapter\"", "adapter_directory = \"model\"");
+    let field = "policy.local.lora.adapter_directory";
+    refused(&["train", "run.toml", "--run", "c"], &[field, "holds no adapter", "policy export"]);
+}
+
 #[test]
 fn a_new_model_is_a_folder_that_can_be_trained_and_its_own_dialect_is_kept() {
     let bench = Bench::new();
@@ -210,7 +280,8 @@ fn every_command_says_how_it_is_used() {
     for (command, expected) in [
         ("import", ["--to <DIR>", "--dtype", "--shard-bytes-max", "directory = \"DIR\""]),
         ("init", ["--preset <PRESET>", "--tokenizer-corpus", "--seed", "- base:  Some 100 million parameters"]),
-        ("export", ["--to <DIR>", "checkpoints/", "transformers", "--dtype"]),
+        ("export", ["--to <DIR>", "checkpoints/", "adapter_directory", "--adapter <NAME>"]),
+        ("merge", ["<BASE> <ADAPTER>", "alpha / rank", "--to <DIR>", "--dtype"]),
     ] {
         let help = bench.succeed(&["policy", command, "--help"]).stdout;
         for text in expected.into_iter().chain(["Example:"]) {

@@ -31,6 +31,7 @@ pub(crate) fn execute(command: &PolicyCommand) -> Result<(), Failure> {
         PolicyCommand::Import(arguments) => write::import(arguments),
         PolicyCommand::Init(arguments) => write::init(arguments),
         PolicyCommand::Export(arguments) => write::export(arguments),
+        PolicyCommand::Merge(arguments) => write::merge(arguments),
     }
 }
 
@@ -188,7 +189,10 @@ fn logits(arguments: &LogitsArguments) -> Result<(), Failure> {
         return Err(Failure::usage(problem));
     }
     let config = PolicyConfig { threads: arguments.threads, ..PolicyConfig::default() };
-    let model = folder.inference(&config).map_err(failure)?;
+    let mut model = folder.inference(&config).map_err(failure)?;
+    if let Some(adapter) = &arguments.adapter {
+        model = model.with_adapter(&fulgurite_trainer::trained_weights(adapter)?).map_err(failure)?;
+    }
     let last = model.logits(&prompt, tokens - 1).map_err(failure)?;
     let mut answer = json!({"prompt_ids": prompt, "last_logits": last});
     if greedy > 0 {

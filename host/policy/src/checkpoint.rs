@@ -36,7 +36,7 @@ const STATE: &str = "state.json";
 /// Folder of the critic.
 const CRITIC: &str = "critic";
 /// Folder of the adapters beside the default one.
-const ADAPTERS: &str = "adapters";
+pub(crate) const ADAPTERS: &str = "adapters";
 
 /// One trained model.
 #[derive(Debug, Clone)]

@@ -21,6 +21,7 @@ use crate::config::PolicyConfig;
 use crate::error::PolicyError;
 use crate::lora::{AdapterLayout, LoraConfig};
 use crate::parameters::Parameters;
+use crate::peft;
 use crate::rotary::RotaryTable;
 use crate::scheduler::SchedulerLimits;
 use crate::session::PolicyBackend;
@@ -187,7 +188,7 @@ impl PolicyEngine {
             kept_tokens_max: config.kept_tokens_max,
         };
         let (start, weights) = if let Some(lora) = &config.lora {
-            adapt(start, lora, seed, &rotary, config.thread_count())
+            adapt(start, lora, seed, &rotary, config.thread_count())?
         } else {
             let weights = ModelWeights::Full(start.policy.parameters.clone());
             (start, weights)
@@ -474,24 +475,28 @@ impl PolicyEngine {
     }
 }
 
-/// Puts fresh adapters over a model, which stays as it is from now on.
+/// Puts adapters over a model, which stays as it is from now on: fresh ones, or the policy's own from a folder.
 fn adapt(
     model: Checkpoint,
     lora: &LoraConfig,
     seed: Seed,
     rotary: &Arc<RotaryTable>,
     threads: usize,
-) -> (Checkpoint, ModelWeights) {
+) -> Result<(Checkpoint, ModelWeights), PolicyError> {
     let layout = Arc::new(AdapterLayout::new(lora));
-    let base = Arc::new(Base::new(model.policy.parameters, rotary.clone(), threads));
-    let fresh = |name: &str| Part::new(Arc::new(layout.initial(&base.parameters.shape, seed.child(name))));
+    let shape = &model.policy.parameters.shape;
+    let fresh = |name: &str| Part::new(Arc::new(layout.initial(shape, seed.child(name))));
+    let policy = match &lora.adapter_directory {
+        Some(dir) => Part::new(Arc::new(peft::load(dir, &layout, shape)?)),
+        None => fresh("default"),
+    };
     let start = Checkpoint {
-        policy: fresh("default"),
+        policy,
         adapters: lora.adapters.iter().map(|name| (name.clone(), fresh(name))).collect(),
         critic: None,
         snapshots: BTreeMap::new(),
         version: PolicyVersion(0),
     };
-    let weights = ModelWeights::Adapted { base, layout, adapter: None };
-    (start, weights)
+    let base = Arc::new(Base::new(model.policy.parameters, rotary.clone(), threads));
+    Ok((start, ModelWeights::Adapted { base, layout, adapter: None }))
 }

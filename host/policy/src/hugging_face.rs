@@ -32,7 +32,10 @@ use crate::tokenizer::PolicyTokenizer;
 
 use self::chat::FolderTemplate;
 pub use self::config::ModelDescription;
-pub use self::export::{ExportOptions, Exported, FileType, Written, export_checkpoint, import_folder, new_folder};
+pub use self::export::{
+    ExportOptions, Exported, FileType, Written, export_adapter, export_checkpoint, holds_adapter, import_folder,
+    merge_adapter, new_folder,
+};
 pub use self::plan::{MemoryPlan, PlanOptions};
 use self::tokenizer::FolderTokenizer;
 pub(crate) use self::weights::Weights;

@@ -79,7 +79,7 @@ pub use engine::{EncodedDemonstration, EngineStatistics, PolicyEngine};
 pub use error::PolicyError;
 pub use hugging_face::{
     Conversation, ExportOptions, Exported, FileType, MemoryPlan, ModelDescription, ModelFolder, PlanOptions, Written,
-    export_checkpoint, import_folder, new_folder,
+    export_adapter, export_checkpoint, holds_adapter, import_folder, merge_adapter, new_folder,
 };
 pub use inference::{CrossEntropy, Greedy, Inference};
 pub use lora::{LoraConfig, LoraTarget};

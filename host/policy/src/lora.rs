@@ -8,6 +8,8 @@
 //! Projections that share an input are done in one product: their `A` stand side by side, their `B` are the blocks of a
 //! block-diagonal matrix. The zeros between the blocks are multiplied along; at these ranks that is less than a second pass.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 use fulgurite_core::seed::{Generator, Seed};
@@ -16,7 +18,7 @@ use crate::config::invalid;
 use crate::error::PolicyError;
 use crate::gradient_kernel::add_outer;
 use crate::kernel::{self, Packed};
-use crate::parameters::{Kind, Layout, ParameterSpec, Parameters, Values};
+use crate::parameters::{Kind, ParameterSpec, Parameters, Values};
 use crate::shape::ModelShape;
 
 /// Largest rank. Above it full training is cheaper.
@@ -64,23 +66,16 @@ impl LoraTarget {
         }
     }
 
+    /// Its name in a config.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        self.module().strip_suffix("_proj").unwrap_or_default()
+    }
+
     /// The module's path inside its layer.
     fn path(self) -> String {
         let parent = if self < Self::Gate { "self_attn" } else { "mlp" };
         format!("{parent}.{}", self.module())
-    }
-
-    /// Place of the projection in its layer's tensors (see [`Layout`]).
-    fn place_in_layer(self) -> usize {
-        match self {
-            Self::Q => 1,
-            Self::K => 2,
-            Self::V => 3,
-            Self::O => 4,
-            Self::Gate => 6,
-            Self::Up => 7,
-            Self::Down => 8,
-        }
     }
 }
 
@@ -96,11 +91,16 @@ pub struct LoraConfig {
     pub targets: Vec<LoraTarget>,
     /// Names of further adapters beside the policy's own. None. Each is sampled from and trained by its name.
     pub adapters: Vec<String>,
+    /// A PEFT folder that the policy's own adapter starts from, relative to the config file; its rank, alpha and targets must be
+    /// those said here. None: it starts as one that changes nothing. The reference of a KL term is the base in any case.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adapter_directory: Option<PathBuf>,
 }
 
 impl Default for LoraConfig {
     fn default() -> Self {
-        Self { rank: 16, alpha: 32.0, targets: LoraTarget::ALL.to_vec(), adapters: vec![] }
+        let targets = LoraTarget::ALL.to_vec();
+        Self { rank: 16, alpha: 32.0, targets, adapters: vec![], adapter_directory: None }
     }
 }
 
@@ -213,26 +213,24 @@ impl AdapterLayout {
     /// The plain model that base and adapter make together.
     pub(crate) fn merge(&self, base: &Parameters, adapter: &Parameters) -> Parameters {
         let mut merged = base.clone();
-        let shape = &base.shape;
-        let layout = Layout::new(shape);
-        for layer in 0..shape.layers {
-            for target in &self.targets {
-                let Some(place) = self.place(layer, *target) else { continue };
-                let (Some(down), Some(up)) = (adapter.values.get(place), adapter.values.get(place + 1)) else {
-                    continue;
-                };
-                let (input, output) = dims(*target, shape);
-                let Some(weight) = merged.values.get_mut(layout.layer(layer) + target.place_in_layer()) else {
-                    continue;
-                };
-                let up: Vec<f32> = up.iter().map(|value| value * self.scale()).collect();
-                let mut packed = Packed::default();
-                packed.repack(&up, output, 0, output);
-                // `A` lies as `[rank, in]`, which is the transposed left factor that an outer product wants.
-                add_outer(down, input, &packed, weight);
-            }
+        for (spec, weight) in merged.specs.iter().zip(&mut merged.values) {
+            self.add_to(&spec.name, weight, adapter);
         }
         merged
+    }
+
+    /// Adds an adapter's share to the base's tensor of this name, `[in, out]`, if it has one there.
+    pub(crate) fn add_to(&self, name: &str, weight: &mut [f32], adapter: &Parameters) {
+        let Some(module) = name.strip_suffix(".weight") else { return };
+        let down_name = format!("base_model.model.{module}.lora_A.weight");
+        let mut tensors = adapter.specs.iter().zip(&adapter.values).skip_while(|(spec, _)| spec.name != down_name);
+        let (Some((down_spec, down)), Some((up_spec, up))) = (tensors.next(), tensors.next()) else { return };
+        let ([_, input], [_, output]) = (down_spec.dims.as_slice(), up_spec.dims.as_slice()) else { return };
+        let up: Vec<f32> = up.iter().map(|value| value * self.scale()).collect();
+        let mut packed = Packed::default();
+        packed.repack(&up, *output, 0, *output);
+        // `A` lies as `[rank, in]`, which is the transposed left factor that an outer product wants.
+        add_outer(down, *input, &packed, weight);
     }
 }
 

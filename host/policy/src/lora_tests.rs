@@ -141,7 +141,7 @@ fn the_gradient_of_every_matrix_is_the_slope_of_the_loss() {
     ]) {
         let base = base(&shape);
         let runner = runner_of(&shape, &config(PolicyDevice::Cpu, 2, true));
-        let weights = adapted(&base, &LoraConfig { rank: 3, alpha: 5.0, targets, adapters: vec![] }, 2);
+        let weights = adapted(&base, &LoraConfig { rank: 3, alpha: 5.0, targets, ..LoraConfig::default() }, 2);
         let rows = rows(&runner, &base.parameters, 9);
         let spec = LossSpec {
             policy_loss: fulgurite_core::training::PolicyLoss::Reinforce,

@@ -13,7 +13,7 @@ use crate::parameters::{ParameterSpec, Parameters, check_tensors};
 use crate::shape::ModelShape;
 
 /// Settings, as PEFT writes them.
-const CONFIG: &str = "adapter_config.json";
+pub(crate) const CONFIG: &str = "adapter_config.json";
 /// Tensors, in PEFT's names and layout.
 pub(crate) const MODEL: &str = "adapter_model.safetensors";
 
@@ -23,7 +23,7 @@ pub(crate) const MODEL: &str = "adapter_model.safetensors";
 struct ConfigFile {
     peft_type: String,
     task_type: Option<String>,
-    /// PEFT wants the field to be there; the caller names the base.
+    /// PEFT wants the field to be there; a checkpoint leaves it empty, an export names the base.
     base_model_name_or_path: Option<String>,
     r: usize,
     lora_alpha: f64,
@@ -60,11 +60,11 @@ enum Bias {
 }
 
 impl ConfigFile {
-    fn new(layout: &AdapterLayout) -> Self {
+    fn new(layout: &AdapterLayout, base: Option<&str>) -> Self {
         Self {
             peft_type: "LORA".to_owned(),
             task_type: Some("CAUSAL_LM".to_owned()),
-            base_model_name_or_path: None,
+            base_model_name_or_path: base.map(str::to_owned),
             r: layout.rank,
             lora_alpha: layout.alpha,
             target_modules: layout.targets.iter().map(|target| target.module().to_owned()).collect(),
@@ -106,7 +106,7 @@ impl ConfigFile {
             })
         };
         let targets = self.target_modules.iter().map(target).collect::<Result<_, _>>()?;
-        let config = LoraConfig { rank: self.r, alpha: self.lora_alpha, targets, adapters: vec![] };
+        let config = LoraConfig { rank: self.r, alpha: self.lora_alpha, targets, ..LoraConfig::default() };
         config.check().map_err(|error| error.to_string())?;
         Ok(AdapterLayout::new(&config))
     }
@@ -129,8 +129,13 @@ fn difference(found: &AdapterLayout, wanted: &AdapterLayout) -> Option<String> {
 /// Writes an adapter into a folder, synchronised with the disk.
 pub(crate) fn save(dir: &Path, layout: &AdapterLayout, adapter: &Parameters) -> Result<(), PolicyError> {
     std::fs::create_dir_all(dir).map_err(PolicyError::io(dir))?;
-    write_json(&dir.join(CONFIG), &ConfigFile::new(layout))?;
+    save_config(dir, layout, None)?;
     write_tensors(&dir.join(MODEL), &adapter.specs, &[("", &adapter.values)])
+}
+
+/// Writes an adapter's settings into a folder; `base` names the model under it.
+pub(crate) fn save_config(dir: &Path, layout: &AdapterLayout, base: Option<&str>) -> Result<(), PolicyError> {
+    write_json(&dir.join(CONFIG), &ConfigFile::new(layout, base))
 }
 
 /// Reads what kind of adapter a folder holds.

@@ -133,7 +133,7 @@ pub enum TrainError {
     },
     /// The policy's folder is not what it was when the run began.
     #[error(
-        "the {what} that the config names are not those that the run began with (`{path}`); put the folder of `policy.local.model.directory` back as it was, or choose another run by `--run DIR`"
+        "the {what} that the config names are not those that the run began with (`{path}`); put the folder of `policy.local.model.directory` (and that of `policy.local.lora.adapter_directory`) back as it was, or choose another run by `--run DIR`"
     )]
     PolicyChanged {
         /// The record of what it was.

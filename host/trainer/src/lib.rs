@@ -39,4 +39,4 @@ pub use report::{RunResult, StageReport};
 pub use run::{RunOptions, run};
 pub use run_directory::RunDirectory;
 pub use train::{INITIAL, TrainOptions, train};
-pub use trained::trained_weights;
+pub use trained::{trained_base, trained_weights};

@@ -25,3 +25,14 @@ pub fn trained_weights(directory: &Path) -> Result<PathBuf, TrainError> {
     };
     found.ok_or_else(|| TrainError::NoWeights { path: directory.to_owned() })
 }
+
+/// The folder of the model that a run trains adapters over, as its config has it; the run may be named by a folder with weights
+/// inside of it. `None` where it cannot be told, or there is none.
+#[must_use]
+pub fn trained_base(directory: &Path) -> Option<PathBuf> {
+    let absolute = std::path::absolute(directory).ok()?;
+    // RUN, or RUN/policies/NAME, or RUN/checkpoints/N.
+    let runs = [Some(absolute.as_path()), absolute.parent().and_then(Path::parent)];
+    let run = runs.into_iter().flatten().map(RunDirectory::new).find(|run| run.config().is_file())?;
+    RunConfig::of_run(&run).ok()?.policy.local?.model.directory
+}

@@ -19,8 +19,10 @@ pub(crate) enum PolicyCommand {
     Import(ImportArguments),
     /// Make a model with random weights, as a Hugging Face folder.
     Init(InitArguments),
-    /// Write a trained policy as a Hugging Face folder that transformers loads.
+    /// Write a trained policy as a folder that transformers loads; trained adapters as one that PEFT loads.
     Export(ExportArguments),
+    /// Merge an adapter into its model, as a Hugging Face folder.
+    Merge(MergeArguments),
 }
 
 #[derive(Debug, Args)]
@@ -66,6 +68,10 @@ pub(crate) struct LogitsArguments {
     /// JSON file of the conversation.
     #[arg(long, value_name = "FILE")]
     pub(crate) messages: PathBuf,
+    /// Folder of an adapter over the model, as PEFT writes it; or a run with [policy.local.lora]. `grad_norm` is then of the
+    /// adapter's weights, and `--greedy` goes by it too.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) adapter: Option<PathBuf>,
     /// Go on with so many tokens, each the likeliest. End tokens do not stop it.
     #[arg(long, value_name = "TOKENS", default_value_t = 0)]
     pub(crate) greedy: usize,
@@ -183,6 +189,26 @@ Example:
 pub(crate) struct ExportArguments {
     /// The run, or the checkpoint.
     pub(crate) directory: PathBuf,
+    /// A further adapter by its name in the config. Default: the policy's own.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) adapter: Option<String>,
+    #[command(flatten)]
+    pub(crate) write: WriteArguments,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+What is written is a plain model: `W + alpha / rank * A B` for every projection that the adapter changes, computed in float32
+and rounded to the type of the file, which is the base's unless --dtype says otherwise. A base in bfloat16 loses what is
+smaller than its last digit; take --dtype f32 to keep it.
+
+Example:
+  fulgurite policy merge models/Qwen3-0.6B runs/rooms-seed0 --to models/rooms")]
+pub(crate) struct MergeArguments {
+    /// Folder of the model that the adapter was trained over.
+    pub(crate) base: PathBuf,
+    /// Folder of the adapter, as PEFT writes it; or a run with [policy.local.lora], or a checkpoint of one.
+    pub(crate) adapter: PathBuf,
     #[command(flatten)]
     pub(crate) write: WriteArguments,
 }
@@ -194,6 +220,9 @@ download that was cut goes on where it stood, and a model that has come once is 
 
 HF_ENDPOINT names another hub, HF_TOKEN is sent to it for models that are not public. Models are kept in the cache folder of
 the user, or in FULGURITE_CACHE_DIR; with --to the files appear there as well.
+
+Of a run with [policy.local.lora] the adapter is written, in float32, as PEFT and vLLM load it; `fulgurite policy merge` makes
+a whole model of it, and a config goes on from it by [policy.local.lora] adapter_directory = \"DIR\".
 
 Example:
   fulgurite policy pull Qwen/Qwen3-0.6B --to models/Qwen3-0.6B")]

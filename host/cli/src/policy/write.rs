@@ -6,12 +6,12 @@ use anyhow::{Context, anyhow};
 use fulgurite_core::seed::Seed;
 use fulgurite_policy::{
     ExportOptions, Exported, PolicyConfig, PolicyError, PolicyTokenizer, Preset, TokenizerConfig, Written,
-    export_checkpoint, import_folder, new_folder,
+    export_adapter, export_checkpoint, holds_adapter, import_folder, merge_adapter, new_folder,
 };
-use fulgurite_trainer::trained_weights;
+use fulgurite_trainer::{trained_base, trained_weights};
 use indicatif::{HumanBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use super::arguments::{ExportArguments, ImportArguments, InitArguments, PresetName, WriteArguments};
+use super::arguments::{ExportArguments, ImportArguments, InitArguments, MergeArguments, PresetName, WriteArguments};
 use super::failure;
 use crate::arguments::Output;
 use crate::failure::Failure;
@@ -31,8 +31,20 @@ pub(crate) fn export(arguments: &ExportArguments) -> Result<(), Failure> {
             anyhow!("`{shown}` is neither a run nor a checkpoint of one: it has no config.toml and no state.json");
         return Err(Failure::usage(problem));
     }
+    let (name, to) = (arguments.adapter.as_deref(), &arguments.write.to);
     eprintln!("exporting {}", checkpoint.display());
-    made(&arguments.write, |options, written| export_checkpoint(&checkpoint, &arguments.write.to, options, written))
+    if name.is_none() && !holds_adapter(&checkpoint) {
+        return made(&arguments.write, |options, written| export_checkpoint(&checkpoint, to, options, written));
+    }
+    let base = trained_base(&checkpoint).map(|path| path.display().to_string());
+    made(&arguments.write, |options, _| export_adapter(&checkpoint, name, base.as_deref(), to, options))
+}
+
+pub(crate) fn merge(arguments: &MergeArguments) -> Result<(), Failure> {
+    let adapter = trained_weights(&arguments.adapter)?;
+    made(&arguments.write, |options, written| {
+        merge_adapter(&arguments.base, &adapter, &arguments.write.to, options, written)
+    })
 }
 
 pub(crate) fn init(arguments: &InitArguments) -> Result<(), Failure> {

@@ -1,4 +1,5 @@
-//! Writes models as Hugging Face folders: a checkpoint, another folder, or a new model with random weights.
+//! Writes models as Hugging Face folders: a checkpoint, another folder, a new model with random weights, or a folder with an
+//! adapter merged into it; and adapters as PEFT's folders.
 //!
 //! A folder appears whole or not at all: it is written beside its place under another name, read back, and renamed. Weights
 //! go from file to file a tensor at a time, so that the memory taken is that of the largest one.
@@ -15,10 +16,12 @@ use serde_json::json;
 
 use super::weights::Weights;
 use super::{ModelFolder, own};
-use crate::checkpoint::{self, write_config, write_json};
+use crate::checkpoint::{self, write_config, write_file, write_json};
 use crate::config::PolicyConfig;
 use crate::error::PolicyError;
+use crate::lora::AdapterLayout;
 use crate::parameters::{self, ParameterSpec, Parameters};
+use crate::peft;
 use crate::shape::ModelShape;
 use crate::tokenizer::PolicyTokenizer;
 
@@ -103,12 +106,19 @@ pub type Written<'a> = &'a mut dyn FnMut(u64, u64);
 enum Source<'a> {
     Files(&'a Weights),
     Memory(&'a Parameters),
+    /// A base's files, and an adapter that is added to what is read.
+    Merged(&'a Weights, &'a AdapterLayout, &'a Parameters),
 }
 
 impl Source<'_> {
     fn read(&self, spec: &ParameterSpec) -> Result<Vec<f32>, PolicyError> {
         match self {
             Self::Files(weights) => weights.read(&spec.name),
+            Self::Merged(weights, layout, adapter) => {
+                let mut values = spec.values_from_file(weights.read(&spec.name)?);
+                layout.add_to(&spec.name, &mut values, adapter);
+                Ok(spec.values_for_file(&values))
+            }
             Self::Memory(parameters) => {
                 let found = parameters.specs.iter().zip(&parameters.values).find(|(known, _)| known.name == spec.name);
                 let lacks = || PolicyError::Internal(format!("the weights lack `{}`", spec.name));
@@ -117,10 +127,15 @@ impl Source<'_> {
         }
     }
 
+    /// Whether every value is one that f16 can hold.
+    fn is_f16(&self) -> bool {
+        matches!(self, Self::Files(_)) && self.file_type() == FileType::F16
+    }
+
     /// The type of all values, where there is one.
     fn file_type(&self) -> FileType {
         let types = match self {
-            Self::Files(weights) => weights.types(),
+            Self::Files(weights) | Self::Merged(weights, ..) => weights.types(),
             Self::Memory(_) => BTreeMap::new(),
         };
         match types.keys().copied().collect::<Vec<_>>().as_slice() {
@@ -230,16 +245,109 @@ pub fn new_folder(
     })
 }
 
+/// Writes a folder's model with an adapter of PEFT's merged into it: a plain model that needs the adapter no more.
+///
+/// # Errors
+/// When the folder cannot be used as a policy, the adapter is not plain LoRA or does not fit it, there is something at `to`
+/// already, or the disk refuses.
+pub fn merge_adapter(
+    base: &Path,
+    adapter: &Path,
+    to: &Path,
+    options: &ExportOptions,
+    written: Written<'_>,
+) -> Result<Exported, PolicyError> {
+    let folder = ModelFolder::open(base)?;
+    let tokenizer = PolicyTokenizer::of_folder(base)?;
+    let shape = folder.description().shape.clone();
+    let layout = peft::read_layout(adapter)?;
+    let adapter = peft::load(adapter, &layout, &shape)?;
+    publish(to, &shape, |dir| {
+        tokenizer.save(dir)?;
+        let source = Source::Merged(&folder.weights, &layout, &adapter);
+        let found = write_model(dir, &shape, &source, options, written)?;
+        write_config(dir, &shape, tokenizer.ends(), found.file_type.name())?;
+        Ok(found)
+    })
+}
+
+/// Whether a checkpoint holds adapters only.
+#[must_use]
+pub fn holds_adapter(checkpoint: &Path) -> bool {
+    checkpoint.join(peft::CONFIG).is_file()
+}
+
+/// Writes an adapter of a checkpoint as a folder that PEFT loads, and servers too: the policy's own, or a further one by its
+/// name. `base` is what the folder says of the model under it.
+///
+/// # Errors
+/// When the checkpoint has no such adapter, another type than f32 is asked for, there is something at `to` already, or the
+/// disk refuses.
+pub fn export_adapter(
+    checkpoint: &Path,
+    name: Option<&str>,
+    base: Option<&str>,
+    to: &Path,
+    options: &ExportOptions,
+) -> Result<Exported, PolicyError> {
+    if options.file_type.is_some_and(|file_type| file_type != FileType::F32) {
+        let reason =
+            "an adapter in another type than float32: its values are small, and its base says what is computed in";
+        return Err(PolicyError::Unsupported(reason.to_owned()));
+    }
+    let from = name.map_or_else(|| checkpoint.to_owned(), |name| checkpoint.join(checkpoint::ADAPTERS).join(name));
+    if !holds_adapter(&from) {
+        let reason = match name {
+            Some(name) => format!("there is no adapter `{name}`: see [policy.local.lora] of the run's config"),
+            None => "all weights were trained, so that there is no adapter: see [policy.local.lora]".to_owned(),
+        };
+        return Err(PolicyError::model_file(checkpoint, reason));
+    }
+    let layout = peft::read_layout(&from)?;
+    let path = from.join(peft::MODEL);
+    let bytes = std::fs::read(&path).map_err(PolicyError::io(&path))?;
+    let parameters =
+        Weights::open_file(path)?.sizes().values().map(|dims| dims.iter().product::<usize>()).sum::<usize>();
+    let write = |dir: &Path| {
+        peft::save_config(dir, &layout, base)?;
+        write_file(&dir.join(peft::MODEL), &bytes)
+    };
+    let check = |dir: &Path| {
+        let copy = dir.join(peft::MODEL);
+        let is_same =
+            std::fs::read(&copy).map_err(PolicyError::io(&copy))? == bytes && peft::read_layout(dir)? == layout;
+        if is_same { Ok(()) } else { Err(PolicyError::Internal("the adapter was not written as it is".to_owned())) }
+    };
+    appear(to, write, check)?;
+    let bytes = 4 * parameters as u64;
+    Ok(Exported { directory: to.to_owned(), parameters, file_type: FileType::F32, files: 1, bytes })
+}
+
 fn write_tokenizer(tokenizer: &PolicyTokenizer, dir: &Path, shape: &ModelShape) -> Result<(), PolicyError> {
     if tokenizer.is_of_folder() { tokenizer.save(dir) } else { own::write(tokenizer, dir, shape.context_tokens_max) }
 }
 
-/// Lets a folder be written under another name, reads it back and renames it.
+/// Makes the folder of a model appear.
 fn publish(
     to: &Path,
     shape: &ModelShape,
     write: impl FnOnce(&Path) -> Result<Exported, PolicyError>,
 ) -> Result<Exported, PolicyError> {
+    let found = appear(to, write, |dir| {
+        if ModelFolder::open(dir)?.description().shape == *shape {
+            return Ok(());
+        }
+        Err(PolicyError::Internal("the written config.json says something else than it should".to_owned()))
+    })?;
+    Ok(Exported { directory: to.to_owned(), ..found })
+}
+
+/// Lets a folder be written under another name, reads it back and renames it.
+fn appear<T>(
+    to: &Path,
+    write: impl FnOnce(&Path) -> Result<T, PolicyError>,
+    check: impl FnOnce(&Path) -> Result<(), PolicyError>,
+) -> Result<T, PolicyError> {
     let taken = || PolicyError::model_file(to, "there is something already: remove it or choose another place");
     // An empty folder is no loss.
     let is_free = match std::fs::read_dir(to) {
@@ -255,13 +363,11 @@ fn publish(
     let temporary = to.with_file_name(format!(".{}.{}.tmp", name.to_string_lossy(), std::process::id()));
     std::fs::create_dir_all(&temporary).map_err(PolicyError::io(&temporary))?;
     let done = write(&temporary).and_then(|found| {
-        if ModelFolder::open(&temporary)?.description().shape != *shape {
-            return Err(PolicyError::Internal("the written config.json says something else than it should".to_owned()));
-        }
+        check(&temporary)?;
         let synced = std::fs::File::open(&temporary).and_then(|dir| dir.sync_all());
         synced.map_err(PolicyError::io(&temporary))?;
         std::fs::rename(&temporary, to).map_err(PolicyError::io(to))?;
-        Ok(Exported { directory: to.to_owned(), ..found })
+        Ok(found)
     });
     if done.is_err() {
         // What went wrong is worth more than that nothing could be tidied up.
@@ -292,7 +398,7 @@ fn write_model(
 ) -> Result<Exported, PolicyError> {
     let file_type = options.file_type.unwrap_or_else(|| source.file_type());
     let specs = parameters::specs(shape);
-    if file_type == FileType::F16 && source.file_type() != FileType::F16 {
+    if file_type == FileType::F16 && !source.is_f16() {
         check_range(&specs, source)?;
     }
     let tensor = |spec| Tensor { spec, dims: ParameterSpec::file_dims(spec), file_type, source };
