@@ -115,13 +115,15 @@ fn info_says_what_a_folder_holds_and_takes() {
     chat template  yes
     files          float32 225.25 KiB in 1 safetensors
     memory         in float32
-      weights      225.25 KiB
+      weights      225.25 KiB, and 305.25 KiB packed for sampling
       kv cache     2.00 MiB: 512 B a token, 1.00 MiB a rollout of 2048 tokens, 2 rollouts
-      gradient     225.25 KiB
+      trained      57664 parameters, 0 B beside the model
+      packed       530.50 KiB for a batch
+      gradient     1.76 MiB, 8 shards
       AdamW        450.50 KiB
-      activations  7.25 MiB, estimated: 2 micro-batches of 512 tokens
-      generation   2.22 MiB
-      training     10.13 MiB
+      activations  7.62 MiB, estimated: 2 micro-batches of 512 tokens
+      generation   2.52 MiB
+      training     12.86 MiB
     ");
 }
 

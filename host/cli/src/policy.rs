@@ -11,6 +11,7 @@ use anyhow::{Context, anyhow};
 use fulgurite_policy::{
     Conversation, MemoryPlan, ModelDescription, ModelFolder, PlanOptions, PolicyConfig, PolicyError, RopeScaling,
 };
+use fulgurite_trainer::config::RunConfig;
 use indicatif::HumanBytes;
 use serde_json::{Value, json};
 
@@ -20,6 +21,8 @@ use crate::failure::{Failure, printable};
 use crate::terminal::{self, Style, paint};
 use crate::train;
 
+/// Live rollouts that are planned for where nothing is said.
+const ROLLOUTS: u64 = 32;
 /// Likeliest next tokens that are shown to people.
 const CANDIDATES_SHOWN: usize = 5;
 
@@ -51,13 +54,7 @@ fn info(arguments: &InfoArguments) -> Result<(), Failure> {
         let problem = anyhow!("`--context-tokens` is {tokens}: the model's context holds {max}");
         return Err(Failure::usage(problem));
     }
-    let cores = || std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
-    let options = PlanOptions {
-        rollouts: arguments.rollouts,
-        context_tokens: arguments.context_tokens,
-        micro_batch_tokens: arguments.micro_batch_tokens,
-        threads: if arguments.threads == 0 { cores() } else { arguments.threads },
-    };
+    let options = plan_options(arguments)?;
     let plan = MemoryPlan::new(shape, &options);
     let available = available_bytes();
     if arguments.output == Output::Json {
@@ -78,6 +75,34 @@ fn info(arguments: &InfoArguments) -> Result<(), Failure> {
         terminal::print(&format!("{} {text}", paint(&format!("{title:<14}"), Style::Bold, colours)));
     }
     Ok(())
+}
+
+/// What is planned for: the config's, changed by the command line.
+fn plan_options(arguments: &InfoArguments) -> Result<PlanOptions, Failure> {
+    let config = arguments.config.as_deref().map(RunConfig::load).transpose()?;
+    let mut policy = PolicyConfig::default();
+    let mut rollouts = None;
+    if let (Some(config), Some(path)) = (config, &arguments.config) {
+        rollouts = Some(config.rollout.live_max as u64);
+        let lacks = || Failure::usage(anyhow!("`{}` has no [policy.local]: nothing of it runs here", path.display()));
+        policy = config.policy.local.ok_or_else(lacks)?.engine();
+    }
+    if let Some(tokens) = arguments.micro_batch_tokens {
+        policy.micro_batch_tokens_max = tokens as usize;
+    }
+    if let Some(threads) = arguments.threads {
+        policy.threads = usize::from(threads);
+    }
+    policy.gradient_checkpointing |= arguments.gradient_checkpointing;
+    if arguments.lora_rank.is_some() || !arguments.lora_targets.is_empty() {
+        let lora = policy.lora.get_or_insert_default();
+        lora.rank = arguments.lora_rank.map_or(lora.rank, usize::from);
+        if !arguments.lora_targets.is_empty() {
+            lora.targets.clone_from(&arguments.lora_targets);
+        }
+    }
+    let context_tokens = arguments.context_tokens.or(policy.context_tokens_max.map(|tokens| tokens as u64));
+    Ok(PlanOptions { rollouts: arguments.rollouts.or(rollouts).unwrap_or(ROLLOUTS), context_tokens, policy })
 }
 
 fn lines(folder: &ModelFolder, plan: &MemoryPlan, available: Option<u64>) -> Vec<(&'static str, String)> {
@@ -132,8 +157,19 @@ fn lines(folder: &ModelFolder, plan: &MemoryPlan, available: Option<u64>) -> Vec
         ),
         ("files", format!("{} in {} safetensors", types.join(", "), folder.files())),
     ];
+    all.extend(memory_lines(plan));
+    all.extend([
+        ("  generation", format!("{}, {}", bytes(plan.generation_bytes), fits(plan.generation_bytes))),
+        ("  training", format!("{}, {}", bytes(plan.training_bytes), fits(plan.training_bytes))),
+    ]);
+    all
+}
+
+fn memory_lines(plan: &MemoryPlan) -> Vec<(&'static str, String)> {
+    let bytes = |bytes: u64| HumanBytes(bytes).to_string();
+    let bound = if plan.kv_cache_bytes == plan.kv_cache_bytes_max { ", the config's bound" } else { "" };
     let cache = format!(
-        "{}: {} a token, {} a rollout of {} tokens, {} rollouts",
+        "{}{bound}: {} a token, {} a rollout of {} tokens, {} rollouts",
         bytes(plan.kv_cache_bytes),
         bytes(plan.kv_cache_token_bytes),
         bytes(plan.kv_cache_rollout_bytes),
@@ -146,17 +182,19 @@ fn lines(folder: &ModelFolder, plan: &MemoryPlan, available: Option<u64>) -> Vec
         plan.threads,
         plan.micro_batch_tokens
     );
-    all.extend([
+    vec![
         ("memory", "in float32".to_owned()),
-        ("  weights", bytes(plan.weights_bytes)),
+        ("  weights", format!("{}, and {} packed for sampling", bytes(plan.weights_bytes), bytes(plan.packed_bytes))),
         ("  kv cache", cache),
-        ("  gradient", bytes(plan.gradient_bytes)),
+        (
+            "  trained",
+            format!("{} parameters, {} beside the model", plan.trained_parameters, bytes(plan.trained_bytes)),
+        ),
+        ("  packed", format!("{} for a batch", bytes(plan.training_packed_bytes))),
+        ("  gradient", format!("{}, {} shards", bytes(plan.gradient_bytes), plan.gradient_shards)),
         ("  AdamW", bytes(plan.moments_bytes)),
         ("  activations", activations),
-        ("  generation", format!("{}, {}", bytes(plan.generation_bytes), fits(plan.generation_bytes))),
-        ("  training", format!("{}, {}", bytes(plan.training_bytes), fits(plan.training_bytes))),
-    ]);
-    all
+    ]
 }
 
 /// Memory that a new program could take, as Linux says it.

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
-use fulgurite_policy::{ExportOptions, FileType};
+use fulgurite_policy::{ExportOptions, FileType, LoraTarget};
 
 use crate::arguments::Output;
 
@@ -30,26 +30,50 @@ pub(crate) enum PolicyCommand {
 The folder is checked as for training: every tensor's name, size and type, tokenizer and chat template. Supported are Llama,
 Mistral, Qwen2 and Qwen3 with safetensors in float32, float16 or bfloat16; they are computed in float32.
 
+The plan is of device `cpu`: sandboxes, the store and a snapshot of a reference come on top of it. Of --config its
+[policy.local] counts, and the other options go before it.
+
 Example:
-  fulgurite policy info models/Qwen3-0.6B --rollouts 64 --context-tokens 4096")]
+  fulgurite policy info models/Qwen3-0.6B --rollouts 64 --context-tokens 4096
+  fulgurite policy info models/Qwen3-0.6B --config run.toml
+  fulgurite policy info models/Qwen3-0.6B --lora-rank 16 --lora-targets q,v --gradient-checkpointing")]
 pub(crate) struct InfoArguments {
     /// Folder with config.json, safetensors and tokenizer.json.
     pub(crate) directory: PathBuf,
-    /// Live rollouts to plan for.
-    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u64).range(1..))]
-    pub(crate) rollouts: u64,
-    /// Tokens of each rollout to plan for. Default: the model's context.
+    /// Plan for the run of this config.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Live rollouts to plan for. Default: the config's `rollout.live_max`, or 32.
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) rollouts: Option<u64>,
+    /// Tokens of each rollout to plan for. Default: the config's `context_tokens_max`, or the model's.
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) context_tokens: Option<u64>,
-    /// Tokens of a micro-batch to plan for.
-    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u64).range(1..))]
-    pub(crate) micro_batch_tokens: u64,
-    /// Micro-batches at once to plan for. 0: one per core.
-    #[arg(long, default_value_t = 0)]
-    pub(crate) threads: u64,
+    /// Tokens of a micro-batch to plan for. Default: the config's `micro_batch_tokens_max`, or 512.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) micro_batch_tokens: Option<u32>,
+    /// Threads to plan for, each with a micro-batch. 0: one per core. Default: the config's.
+    #[arg(long, value_parser = clap::value_parser!(u16).range(0..=1_024))]
+    pub(crate) threads: Option<u16>,
+    /// Plan for adapters of this rank over frozen weights. Default: the config's.
+    #[arg(long, value_name = "RANK", value_parser = clap::value_parser!(u16).range(1..=1_024))]
+    pub(crate) lora_rank: Option<u16>,
+    /// Which projections have adapters: q, k, v, o, gate, up, down. Default: the config's, or all.
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = lora_target)]
+    pub(crate) lora_targets: Vec<LoraTarget>,
+    /// Plan for keeping the inputs of layers only.
+    #[arg(long)]
+    pub(crate) gradient_checkpointing: bool,
     /// How the result is printed.
     #[arg(long, value_enum, default_value = "text")]
     pub(crate) output: Output,
+}
+
+/// The name of a projection.
+fn lora_target(name: &str) -> Result<LoraTarget, String> {
+    let known = || LoraTarget::ALL.map(LoraTarget::name).join(", ");
+    let found = LoraTarget::ALL.into_iter().find(|target| target.name() == name);
+    found.ok_or_else(|| format!("there are {}", known()))
 }
 
 #[derive(Debug, Args)]
@@ -184,6 +208,9 @@ DIR is a folder under policies/ or checkpoints/ of a run, or the run itself: the
 checkpoint while no stage has ended. transformers and every server that reads its folders load what is written, also with
 this program's own tokenizer; optimiser and snapshots stay behind.
 
+Of a run with [policy.local.lora] the adapter is written, in float32, as PEFT and vLLM load it; `fulgurite policy merge` makes
+a whole model of it, and a config goes on from it by [policy.local.lora] adapter_directory = \"DIR\".
+
 Example:
   fulgurite policy export runs/rooms-seed0 --to models/rooms --dtype bf16")]
 pub(crate) struct ExportArguments {
@@ -220,9 +247,6 @@ download that was cut goes on where it stood, and a model that has come once is 
 
 HF_ENDPOINT names another hub, HF_TOKEN is sent to it for models that are not public. Models are kept in the cache folder of
 the user, or in FULGURITE_CACHE_DIR; with --to the files appear there as well.
-
-Of a run with [policy.local.lora] the adapter is written, in float32, as PEFT and vLLM load it; `fulgurite policy merge` makes
-a whole model of it, and a config goes on from it by [policy.local.lora] adapter_directory = \"DIR\".
 
 Example:
   fulgurite policy pull Qwen/Qwen3-0.6B --to models/Qwen3-0.6B")]

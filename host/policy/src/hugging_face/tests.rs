@@ -6,6 +6,8 @@ use fulgurite_core::llm::{Message, Role, ToolCall};
 use serde::Deserialize;
 
 use super::*;
+use crate::config::CriticConfig;
+use crate::lora::{LoraConfig, LoraTarget};
 use crate::shape::RopeScaling;
 
 #[derive(Deserialize)]
@@ -143,16 +145,42 @@ fn calls_of_core_render_like_those_of_the_fixtures() {
 #[test]
 fn plans_follow_from_the_sizes() {
     let shape = open("qwen3").0.description().shape.clone();
-    let options = PlanOptions { rollouts: 3, context_tokens: Some(100), micro_batch_tokens: 10, threads: 2 };
-    let plan = MemoryPlan::new(&shape, &options);
+    let policy = PolicyConfig { micro_batch_tokens_max: 10, threads: 2, gradient_shards: 4, ..PolicyConfig::default() };
+    let options = PlanOptions { rollouts: 3, context_tokens: Some(100), policy: policy.clone() };
+    let plan_with = |policy: PolicyConfig| MemoryPlan::new(&shape, &PlanOptions { policy, ..options.clone() });
+    let plan = plan_with(policy.clone());
     assert_eq!(plan.weights_bytes, 4 * 45_280);
     // Keys and values, 2 layers, 2 heads of 16, 4 bytes.
     assert_eq!(plan.kv_cache_token_bytes, 2 * 2 * 2 * 16 * 4);
     assert_eq!(plan.kv_cache_bytes, 512 * 100 * 3);
-    assert_eq!(plan.moments_bytes, 2 * plan.gradient_bytes);
-    assert_eq!(plan.training_bytes, plan.generation_bytes + 3 * plan.weights_bytes + plan.activations_bytes);
-    let whole = PlanOptions { context_tokens: None, ..options };
+    assert_eq!((plan.moments_bytes, plan.gradient_bytes), (2 * plan.weights_bytes, 4 * plan.weights_bytes));
+    assert_eq!((plan.trained_parameters, plan.trained_bytes, plan.threads), (45_280, 0, 2));
+    let parts = plan.training_packed_bytes + plan.gradient_bytes + plan.moments_bytes + plan.activations_bytes;
+    assert_eq!(plan.training_bytes, plan.generation_bytes + parts);
+    let whole = PlanOptions { context_tokens: None, ..options.clone() };
     assert_eq!(MemoryPlan::new(&shape, &whole).context_tokens, 2_048);
+    let bounded = plan_with(PolicyConfig { kv_cache_bytes_max: 1_000, ..policy.clone() });
+    assert_eq!(bounded.kv_cache_bytes, 1_000);
+
+    let lora = LoraConfig { rank: 4, targets: vec![LoraTarget::Q, LoraTarget::Down], ..LoraConfig::default() };
+    let adapted = plan_with(PolicyConfig { lora: Some(lora.clone()), ..policy.clone() });
+    let (d, ff, query) = (shape.d_model as u64, shape.d_ff as u64, shape.query_width() as u64);
+    let trained = 2 * 4 * ((d + query) + (ff + d));
+    assert_eq!((adapted.trained_parameters, adapted.moments_bytes), (trained, 2 * 4 * trained));
+    assert!(adapted.training_bytes + 3 * adapted.weights_bytes < plan.training_bytes);
+    let two = LoraConfig { adapters: vec!["other".to_owned()], ..lora };
+    let two = plan_with(PolicyConfig { lora: Some(two), ..policy.clone() });
+    assert_eq!(two.gradient_bytes, 2 * adapted.gradient_bytes);
+    let critic = plan_with(PolicyConfig { critic: Some(CriticConfig {}), ..policy.clone() });
+    assert!(critic.trained_parameters > 3 * plan.trained_parameters / 2);
+
+    let long = PolicyConfig { micro_batch_tokens_max: 4_096, ..policy };
+    let [kept, computed_again] = [false, true].map(|gradient_checkpointing| {
+        plan_with(PolicyConfig { gradient_checkpointing, ..long.clone() }).activations_bytes
+    });
+    assert!(computed_again < kept, "{computed_again} {kept}");
+    let few_logits = plan_with(PolicyConfig { logits_bytes_max: 4_096, ..long.clone() });
+    assert!(few_logits.activations_bytes + 2 * 4 * 4_000 * 300 < kept);
 }
 
 #[test]
