@@ -5,11 +5,11 @@
 //! anything is made of it ([`parse_completion`]). An answer with token ids and log-probs is recorded with them; one without is
 //! recorded as not trainable.
 
-use std::sync::Arc;
+use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
 use fulgurite_core::grant::HttpGrant;
-use fulgurite_core::id::ResponseId;
+use fulgurite_core::id::{PolicyVersion, ResponseId};
 use fulgurite_core::limits::Limits;
 use fulgurite_core::llm::{ChatRequest, Completion, LlmBackend, LlmError, LlmSession, Sampling, SessionInfo};
 use fulgurite_core::seed::{Generator, Seed};
@@ -24,6 +24,7 @@ mod refusal;
 mod request;
 
 pub use adapter::AdapterPush;
+use adapter::Served;
 pub use answer::{Asked, MalformedAnswer, parse_completion};
 pub use models::{EndpointCheckError, EndpointFacts};
 
@@ -111,6 +112,8 @@ struct Shared {
     client: HttpClient,
     limits: Limits,
     pace: Pace,
+    /// The adapter that calls ask for; `None` before the first.
+    served: RwLock<Option<Arc<Served>>>,
 }
 
 impl OpenAiEndpoint {
@@ -130,7 +133,7 @@ impl OpenAiEndpoint {
             ..Limits::default()
         };
         let pace = Pace::new(settings.requests_per_minute_max, settings.concurrency_max);
-        Ok(Self { shared: Arc::new(Shared { settings, client, limits, pace }) })
+        Ok(Self { shared: Arc::new(Shared { settings, client, limits, pace, served: RwLock::default() }) })
     }
 
     /// Looks up names in another way.
@@ -151,6 +154,19 @@ impl OpenAiEndpoint {
     /// When the server refuses it or is not there. The old adapter is kept when the new one could not be loaded.
     pub async fn push_adapter(&self, push: &AdapterPush) -> Result<(), LlmError> {
         self.shared.push_adapter(push).await
+    }
+
+    /// From now on calls ask for this adapter in place of the model, and what it draws is recorded under this version.
+    pub fn serve_adapter(&self, name: impl Into<String>, version: PolicyVersion) {
+        self.shared.serve(Served { name: name.into(), version });
+    }
+
+    /// Takes an adapter away, that of an earlier run for example. One that is not there is no error.
+    ///
+    /// # Errors
+    /// When the server refuses or is not there.
+    pub async fn remove_adapter(&self, name: &str) -> Result<(), LlmError> {
+        self.shared.unload(name).await
     }
 
     /// Asks the server which models it has, once and without another try.
@@ -191,22 +207,34 @@ impl LlmSession for Session {
         let sampling = if is_policy { sampling.filled_from(&self.info.sampling) } else { sampling };
         let seed = if is_policy { self.info.seed.child(POLICY) } else { self.info.seed }.child_index(call_index);
         Box::pin(async move {
-            let body = shared.body(&request, &sampling, seed)?;
+            let served = shared.served();
+            let body = shared.body(served.as_deref(), &request, &sampling, seed)?;
             let answer = shared.ask("/chat/completions", &body, sampling.max_tokens, seed.child("backoff")).await?;
             let settings = &shared.settings;
             let asked =
                 Asked { response_id, call_index, sampling, is_policy, context_tokens_max: settings.context_tokens_max };
-            parse_completion(&answer, &asked).map(Arc::new).map_err(|error| settings.unavailable(error))
+            let mut completion = parse_completion(&answer, &asked).map_err(|error| settings.unavailable(error))?;
+            if let (Some(tokens), Some(served)) = (&mut completion.tokens, served) {
+                tokens.policy_version = served.version;
+            }
+            Ok(Arc::new(completion))
         })
     }
 }
 
 impl Shared {
-    fn body(&self, request: &ChatRequest, sampling: &Sampling, seed: Seed) -> Result<Vec<u8>, LlmError> {
+    fn body(
+        &self,
+        served: Option<&Served>,
+        request: &ChatRequest,
+        sampling: &Sampling,
+        seed: Seed,
+    ) -> Result<Vec<u8>, LlmError> {
         if let Some(endpoint) = request.endpoint.as_ref().filter(|name| **name != self.settings.name) {
             return Err(LlmError::UnknownEndpoint(endpoint.clone()));
         }
-        let body = request::body(&self.settings, request, sampling, seed)?;
+        let model = served.map_or(&self.settings.model, |served| &served.name);
+        let body = request::body(&self.settings, model, request, sampling, seed)?;
         Ok(body.to_string().into_bytes())
     }
 

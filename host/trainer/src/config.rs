@@ -20,6 +20,8 @@ use serde::{Deserialize, Serialize};
 mod local;
 
 pub use self::local::{LocalPolicyConfig, TokenizerSection};
+use crate::adapter_push;
+pub use crate::adapter_push::AdapterPushConfig;
 pub use crate::endpoint::EndpointConfig;
 use crate::run_directory::RunDirectory;
 
@@ -118,7 +120,8 @@ pub struct DatasetConfig {
     pub test: Option<PathBuf>,
 }
 
-/// Which model answers: one of the three, as `[policy.local]`, `[policy.endpoint]` or `[policy.scripted]`.
+/// Which model answers: one of the three, as `[policy.local]`, `[policy.endpoint]` or `[policy.scripted]`; or the first two
+/// together, with `[policy.endpoint.adapter_push]`.
 ///
 /// Options instead of an enum: serde buffers what it reads into an enum, and an error would not know its place any more.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -127,7 +130,7 @@ pub struct PolicySection {
     /// A model that this run trains, from random weights or those of a folder.
     #[serde(default)]
     pub local: Option<LocalPolicyConfig>,
-    /// A server's model, for rollouts; nothing can be trained.
+    /// A server's model, for rollouts. Nothing can be trained, but for an adapter of `[policy.local]` that it draws with.
     #[serde(default)]
     pub endpoint: Option<EndpointConfig>,
     /// Scripted answers; nothing can be trained.
@@ -434,9 +437,10 @@ impl RunConfig {
         let fail = |field: &str, problem: String| Err((field.to_owned(), problem));
         let policy = &self.policy;
         let named = [policy.local.is_some(), policy.endpoint.is_some(), policy.scripted.is_some()];
-        if named.into_iter().filter(|named| *named).count() != 1 {
+        if !matches!(named, [true, true, false]) && named.into_iter().filter(|named| *named).count() != 1 {
             return fail("policy", "say one of [policy.local], [policy.endpoint] and [policy.scripted]".to_owned());
         }
+        adapter_push::check(policy)?;
         if let Some(local) = &policy.local {
             local.check()?;
             let mut corpus = local.tokenizer.iter().flat_map(|tokenizer| &tokenizer.corpus);
@@ -485,6 +489,10 @@ impl RunConfig {
                 return Err(("endpoint.policy".to_owned(), "`policy` is the policy; choose another name".to_owned()));
             }
             endpoint.check().map_err(|(field, problem)| (format!("endpoint.{name}.{field}"), problem))?;
+            if endpoint.adapter_push.is_some() {
+                let problem = "only [policy.endpoint] draws with what is trained; remove it".to_owned();
+                return Err((format!("endpoint.{name}.adapter_push"), problem));
+            }
         }
         Ok(())
     }
@@ -520,12 +528,9 @@ impl RunConfig {
                 let data = grants.folders.values_mut().chain(grants.sqlite.values_mut());
                 std::iter::once(&mut tool.component).chain(data).chain(authorities)
             }))
-            .chain(
-                (self.endpoint.values_mut().chain(&mut self.policy.endpoint))
-                    .filter_map(|endpoint| endpoint.certificate_authority.as_mut()),
-            )
+            .chain((self.endpoint.values_mut().chain(&mut self.policy.endpoint)).flat_map(EndpointConfig::paths))
             .chain(self.dataset.values_mut().flat_map(|set| [&mut set.train, &mut set.val, &mut set.test]).flatten())
-            .chain(self.policy.local.iter_mut().filter_map(|local| local.model.directory.as_mut()));
+            .chain(self.policy.local.iter_mut().flat_map(LocalPolicyConfig::directories));
         for path in paths {
             *path = normalise(&folder.join(&*path));
         }
@@ -556,20 +561,17 @@ impl RunConfig {
                 });
             }
         }
-        let directory = self.policy.local.as_ref().and_then(|local| local.model.directory.as_ref());
-        if let Some(path) = directory.filter(|path| !path.is_dir()) {
-            return Err(ConfigError::Invalid {
-                path: config.to_path_buf(),
-                field: "policy.local.model.directory".to_owned(),
-                problem: format!("there is no folder `{}`; {MODEL}", path.display()),
-            });
+        match self.policy.local.as_ref().and_then(LocalPolicyConfig::lacking) {
+            Some((field, problem)) => {
+                let field = format!("policy.local.{field}");
+                Err(ConfigError::Invalid { path: config.to_path_buf(), field, problem })
+            }
+            None => Ok(()),
         }
-        Ok(())
     }
 }
 
 const BUILD: &str = "build it with `fulgurite build DIR`, or `cargo xtask guests` for those of this repository";
-const MODEL: &str = "`fulgurite policy init` makes one with random weights, `fulgurite policy pull` downloads one";
 const GENERATE: &str = "the example's README says how its data is made";
 
 /// Removes `.` and `..` where that needs no look at the disk, for messages that people can read.

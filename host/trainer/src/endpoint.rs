@@ -10,9 +10,11 @@ use fulgurite_core::grant::{AddressRange, HttpGrant, Origin, SecretSource};
 use fulgurite_core::limits::Limits;
 use fulgurite_core::llm::LlmBackend;
 use fulgurite_grants::{EndpointFacts, EndpointSettings, OpenAiEndpoint, ServerKind};
+use fulgurite_policy::PolicyEngine;
 use fulgurite_runner::scripted::Script;
 use serde::{Deserialize, Serialize};
 
+use crate::adapter_push::{AdapterPushConfig, ServedPolicy};
 use crate::config::{ConfigError, RunConfig};
 use crate::error::TrainError;
 use crate::setup::scripted;
@@ -81,6 +83,10 @@ pub struct EndpointConfig {
     /// Answers by script instead.
     #[serde(default)]
     pub scripted: Option<Script>,
+    /// Of `[policy.endpoint]`: it draws with the adapter that `[policy.local.lora]` trains. None: with its own model, and nothing
+    /// is trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter_push: Option<AdapterPushConfig>,
 }
 
 fn default_timeout_ms() -> u64 {
@@ -104,6 +110,12 @@ fn default_answer_bytes_max() -> u64 {
 }
 
 impl EndpointConfig {
+    /// The files and folders that it names.
+    pub(crate) fn paths(&mut self) -> impl Iterator<Item = &mut PathBuf> {
+        let pushed = self.adapter_push.as_mut().map(|push| &mut push.directory);
+        self.certificate_authority.as_mut().into_iter().chain(pushed)
+    }
+
     /// What makes no sense: the field below the endpoint, and the problem.
     pub(crate) fn check(&self) -> Result<(), (&'static str, String)> {
         match (&self.url, &self.scripted) {
@@ -189,12 +201,28 @@ impl EndpointConfig {
 
     /// Opens `[policy.endpoint]`, after a look at whether it is there and has the model.
     pub(crate) async fn open_policy(&self) -> Result<Arc<dyn LlmBackend>, TrainError> {
+        Ok(Arc::new(self.checked_policy().await?))
+    }
+
+    /// The same, as what samples from a policy that is trained here.
+    pub(crate) async fn open_served(&self, engine: PolicyEngine, run: &RunConfig) -> Result<ServedPolicy, TrainError> {
+        let client = self.checked_policy().await?;
+        let push = self.adapter_push.as_ref().ok_or(TrainError::NoPolicy)?;
+        Ok(ServedPolicy::new(engine, client, push, run))
+    }
+
+    async fn checked_policy(&self) -> Result<OpenAiEndpoint, TrainError> {
         let client = self.client(POLICY_SECTION, "policy")?;
         let facts = client.check().await?;
         if let Some(seems) = facts.seems {
             tracing::warn!("`{POLICY_SECTION}`: {}", hint(seems));
         }
-        Ok(Arc::new(client))
+        Ok(client)
+    }
+
+    /// Whether the server takes new adapters while it serves.
+    pub(crate) fn takes_adapters(&self) -> bool {
+        self.server == ServerKind::Vllm
     }
 
     fn client(&self, section: &str, name: &str) -> Result<OpenAiEndpoint, TrainError> {

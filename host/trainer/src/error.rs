@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use fulgurite_core::grant::Capability;
 use fulgurite_core::id::InvalidId;
+use fulgurite_core::llm::LlmError;
 use fulgurite_grants::{CapabilityError, EndpointCheckError, HttpSetupError};
 use fulgurite_policy::PolicyError;
 use fulgurite_runner::RunnerError;
@@ -57,6 +58,20 @@ pub enum TrainError {
     /// The policy's endpoint is not there, or not what the config says.
     #[error(transparent)]
     EndpointCheck(#[from] EndpointCheckError),
+    /// The server that draws rollouts does not take what was trained.
+    #[error(
+        "the server of `policy.endpoint` was not given the adapter `{name}`: vLLM takes it when it was started with `--enable-lora` \
+         and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and sees `{path}`"
+    )]
+    AdapterPush {
+        /// The adapter's name there.
+        name: String,
+        /// Its folder, as the server should see it.
+        path: PathBuf,
+        /// What the server said.
+        #[source]
+        source: LlmError,
+    },
     /// The policy engine failed.
     #[error("the policy engine failed")]
     Policy(#[from] PolicyError),

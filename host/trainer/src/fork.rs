@@ -95,7 +95,7 @@ pub async fn fork(options: ForkOptions, progress: Arc<dyn ProgressSink>) -> Resu
         kind: "fork",
         rollouts: options.count,
     });
-    let batch = setup.runner.submit(jobs, setup.model.backend()).await?;
+    let batch = setup.runner.submit(jobs, setup.model.backend().await?).await?;
     Ok(batch.all().await?)
 }
 

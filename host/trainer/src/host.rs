@@ -15,7 +15,7 @@ use fulgurite_core::algorithm::{
 };
 use fulgurite_core::dataset::Split;
 use fulgurite_core::id::TransitionId;
-use fulgurite_core::llm::{Message, Role, Sampling};
+use fulgurite_core::llm::{LlmBackend, Message, Role, Sampling};
 use fulgurite_core::seed::Seed;
 use fulgurite_core::training::{
     ForwardBackwardReport, LossSpec, OptimiserReport, OptimiserStep, RowDerivatives, Stream, TrainingRow,
@@ -27,7 +27,9 @@ use tokio::sync::watch;
 use crate::checkpoint::{Progress, Totals};
 use crate::config::{ExperimentConfig, RolloutConfig, StageConfig};
 use crate::dataset::{Cursor, Dataset};
+use crate::error::TrainError;
 use crate::metrics;
+use crate::setup::Model;
 
 pub(crate) use batch::CarriedBatch;
 use batch::{Carried, OpenBatch};
@@ -49,6 +51,8 @@ const CRITIC: &str = "critic";
 pub(crate) struct StageHost {
     pub(crate) runner: Runner,
     pub(crate) engine: PolicyEngine,
+    /// What answers rollouts.
+    pub(crate) model: Model,
     pub(crate) dataset: Arc<Dataset>,
     pub(crate) stage: StageConfig,
     pub(crate) rollout: RolloutConfig,
@@ -61,6 +65,8 @@ pub(crate) struct StageHost {
     batches: tokio::sync::Mutex<BTreeMap<u64, OpenBatch>>,
     /// Batches of earlier steps that no step has asked for since.
     carried: tokio::sync::Mutex<Vec<Carried>>,
+    /// Of something that no plugin can mend.
+    failure: Mutex<Option<TrainError>>,
 }
 
 /// What a step leaves behind.
@@ -134,6 +140,7 @@ impl StageHost {
     pub(crate) fn new(
         runner: Runner,
         engine: PolicyEngine,
+        model: Model,
         dataset: Arc<Dataset>,
         stage: StageConfig,
         rollout: RolloutConfig,
@@ -149,6 +156,7 @@ impl StageHost {
         Self {
             runner,
             engine,
+            model,
             dataset,
             stage,
             rollout,
@@ -159,7 +167,22 @@ impl StageHost {
             state,
             batches,
             carried,
+            failure: Mutex::default(),
         }
+    }
+
+    /// What answers rollouts, with the newest weights.
+    async fn backend(&self) -> Result<Arc<dyn LlmBackend>, AlgorithmHostError> {
+        self.model.backend().await.map_err(|error| {
+            let told = AlgorithmHostError::Failed(error.to_string());
+            *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+            told
+        })
+    }
+
+    /// Why the run cannot go on, whatever its plugin makes of it.
+    pub(crate) fn take_failure(&self) -> Option<TrainError> {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     pub(crate) fn state(&self) -> MutexGuard<'_, StageState> {

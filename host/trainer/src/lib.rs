@@ -1,5 +1,6 @@
 //! Joins the pieces for one training run: config, datasets, stages, algorithm plugins, checkpoints, evaluation.
 
+mod adapter_push;
 mod checkpoint;
 pub mod config;
 mod dataset;

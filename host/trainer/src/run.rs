@@ -52,6 +52,7 @@ pub async fn run(
         engine.restore(path).await?;
     }
     let version = setup.model.engine().map(PolicyEngine::version).unwrap_or_default();
+    let backend = setup.model.backend().await?;
     let evaluator = setup.evaluator(&*progress);
     let sampling = &setup.config.rollout.sampling;
     // When asked to stop, begin nothing more: what lives ends and is recorded, and the same command goes on from there.
@@ -62,7 +63,7 @@ pub async fn run(
             runner.drain();
         }
     });
-    let found = evaluator.evaluate(setup.model.label(), sampling, &setup.model.backend(), version).await;
+    let found = evaluator.evaluate(setup.model.label(), sampling, &backend, version).await;
     drain.abort();
     let found = match found {
         Err(TrainError::Runner(RunnerError::Draining)) => return Err(TrainError::Drained { run: options.run }),

@@ -14,6 +14,7 @@ use fulgurite_runner::{JinjaRenderer, Plugins, Recording, RetryPolicy, Runner, R
 use fulgurite_sandbox::{AlgorithmPlugin, Sandbox, SandboxSettings, Templates};
 use fulgurite_store::{RolloutStore, SledStore};
 
+use crate::adapter_push::ServedPolicy;
 use crate::config::{LocalPolicyConfig, PolicySection, RunConfig, TokenizerSection};
 use crate::dataset::{Dataset, corpus_of};
 use crate::error::TrainError;
@@ -41,6 +42,8 @@ pub(crate) struct Setup {
 pub(crate) enum Model {
     /// A model that can be trained.
     Local(PolicyEngine),
+    /// The same, sampled from on a server.
+    Served(ServedPolicy),
     /// A server's model.
     Endpoint(Arc<dyn LlmBackend>),
     /// Scripted answers.
@@ -48,16 +51,21 @@ pub(crate) enum Model {
 }
 
 impl Model {
-    pub(crate) fn backend(&self) -> Arc<dyn LlmBackend> {
-        match self {
+    /// What answers with the newest weights.
+    ///
+    /// # Errors
+    /// When a server does not take them.
+    pub(crate) async fn backend(&self) -> Result<Arc<dyn LlmBackend>, TrainError> {
+        Ok(match self {
             Self::Local(engine) => engine.backend(),
+            Self::Served(policy) => policy.backend().await?,
             Self::Endpoint(backend) | Self::Scripted(backend) => Arc::clone(backend),
-        }
+        })
     }
 
     pub(crate) fn engine(&self) -> Option<&PolicyEngine> {
         match self {
-            Self::Local(engine) => Some(engine),
+            Self::Local(engine) | Self::Served(ServedPolicy { engine, .. }) => Some(engine),
             Self::Endpoint(_) | Self::Scripted(_) => None,
         }
     }
@@ -65,7 +73,7 @@ impl Model {
     /// Its name in the ids of held-out rollouts.
     pub(crate) fn label(&self) -> &'static str {
         match self {
-            Self::Local(_) | Self::Endpoint(_) => "policy",
+            Self::Local(_) | Self::Served(_) | Self::Endpoint(_) => "policy",
             Self::Scripted(_) => "scripted",
         }
     }
@@ -135,7 +143,13 @@ impl Setup {
         };
         let runner = Runner::new(store, plugins, settings)?;
         let model = match &config.policy {
-            PolicySection { local: Some(local), .. } => Model::Local(fresh_policy(local, &datasets, seed).await?),
+            PolicySection { local: Some(local), endpoint, .. } => {
+                let engine = fresh_policy(local, &datasets, seed).await?;
+                match endpoint {
+                    Some(endpoint) => Model::Served(endpoint.open_served(engine, &config).await?),
+                    None => Model::Local(engine),
+                }
+            }
             PolicySection { endpoint: Some(endpoint), .. } => Model::Endpoint(endpoint.open_policy().await?),
             PolicySection { scripted: Some(script), .. } => Model::Scripted(scripted("policy", script, &test_items)?),
             PolicySection { .. } => return Err(TrainError::NoPolicy),

@@ -174,7 +174,7 @@ impl Training {
         let engine = self.setup.model.engine();
         let version = engine.map(PolicyEngine::version).unwrap_or_default();
         let sampling = &self.setup.config.rollout.sampling;
-        let found = evaluator.evaluate(name, sampling, &self.setup.model.backend(), version).await?;
+        let found = evaluator.evaluate(name, sampling, &self.setup.model.backend().await?, version).await?;
         let weights = engine.map(|engine| engine.weights_hash().to_string());
         Ok(report(kind, name, algorithm, steps, self.state.totals, found, weights))
     }
@@ -206,6 +206,7 @@ impl Training {
         let host = Arc::new(StageHost::new(
             self.setup.runner.clone(),
             engine,
+            self.setup.model.clone(),
             dataset,
             stage.clone(),
             config.rollout.clone(),
@@ -267,6 +268,10 @@ impl Training {
             if *self.stop.borrow() {
                 // Whatever the plugin made of it: the step is not committed, and will be repeated.
                 return Err(TrainError::Stopped);
+            }
+            if let Some(error) = host.take_failure() {
+                // Whatever the plugin made of it.
+                return Err(error);
             }
             let result = result.map_err(failed(self.state.step))?;
             let EndedStep { mut scalars, notes, carried, repeats } = host.end_step().await;

@@ -16,13 +16,14 @@ const SEED_MASK: u64 = 0x7fff_ffff;
 /// top-p 0.95, min-p 0.05), and the log-probs of a rollout would be of another distribution than the one that drew it.
 pub(super) fn body(
     endpoint: &EndpointSettings,
+    model: &str,
     request: &ChatRequest,
     sampling: &Sampling,
     seed: Seed,
 ) -> Result<Value, LlmError> {
     let mut body = Map::new();
     let mut set = |name: &str, value: Value| body.insert(name.to_owned(), value);
-    set("model", json!(endpoint.model));
+    set("model", json!(model));
     set("messages", request.messages.iter().map(message).collect());
     set("n", json!(1));
     set("temperature", number(sampling.temperature));

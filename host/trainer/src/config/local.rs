@@ -1,7 +1,12 @@
 //! `[policy.local]`: the model that a run trains, and where it comes from.
 
-use fulgurite_policy::{CriticConfig, LoraConfig, PolicyConfig};
+use std::path::PathBuf;
+
+use fulgurite_policy::{CriticConfig, LoraConfig, PolicyConfig, holds_adapter};
 use serde::{Deserialize, Serialize};
+
+const MODEL: &str = "`fulgurite policy init` makes one with random weights, `fulgurite policy pull` downloads one";
+const ADAPTER: &str = "`fulgurite policy export` writes one from a run with [policy.local.lora]";
 
 /// A model in this process.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -27,6 +32,22 @@ impl LocalPolicyConfig {
     #[must_use]
     pub fn engine(&self) -> PolicyConfig {
         PolicyConfig { lora: self.lora.clone(), critic: self.critic.clone(), ..self.model.clone() }
+    }
+
+    /// The folders that it names.
+    pub(super) fn directories(&mut self) -> impl Iterator<Item = &mut PathBuf> {
+        let adapter = self.lora.as_mut().and_then(|lora| lora.adapter_directory.as_mut());
+        self.model.directory.as_mut().into_iter().chain(adapter)
+    }
+
+    /// A folder that it names and that is not there, as field and problem.
+    pub(super) fn lacking(&self) -> Option<(&'static str, String)> {
+        let model = self.model.directory.as_ref().filter(|path| !path.is_dir());
+        let adapter = self.lora.as_ref().and_then(|lora| lora.adapter_directory.as_ref());
+        let adapter = adapter.filter(|path| !holds_adapter(path));
+        let model = model.map(|path| ("model.directory", format!("there is no folder `{}`; {MODEL}", path.display())));
+        let holds_none = |path: &PathBuf| format!("`{}` holds no adapter; {ADAPTER}", path.display());
+        model.or_else(|| adapter.map(|path| ("lora.adapter_directory", holds_none(path))))
     }
 
     /// What does not go together, as field and problem.

@@ -215,7 +215,7 @@ impl StageHost {
     pub(super) async fn enqueue_groups(&self, groups: Vec<GroupSpec>) -> Result<u64, AlgorithmHostError> {
         let (jobs, places) = self.jobs(&groups)?;
         let rollouts = jobs.iter().map(|job| job.spec.id.clone()).zip(places).collect();
-        let batch = self.runner.submit(jobs, self.engine.backend()).await.map_err(runner_error)?;
+        let batch = self.runner.submit(jobs, self.backend().await?).await.map_err(runner_error)?;
         let step = self.state().step;
         Ok(self.open(OpenBatch::new(step, batch, rollouts)).await)
     }
@@ -300,7 +300,7 @@ impl StageHost {
                     let jobs = record.rollouts.iter().map(|rollout| self.job_again(&rollout.id));
                     let jobs = jobs.collect::<Result<Vec<Job>, _>>()?;
                     let groups = jobs.iter().map(|job| job.spec.group).collect();
-                    let running = self.runner.submit(jobs, self.engine.backend()).await.map_err(runner_error)?;
+                    let running = self.runner.submit(jobs, self.backend().await?).await.map_err(runner_error)?;
                     OpenBatch::resumed(record, running, groups)
                 }
             };
