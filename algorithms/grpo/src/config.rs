@@ -1,6 +1,6 @@
 //! The config and its checks.
 
-use fulgurite_sdk::algorithm::policy::{Aggregation, KlEstimator, Loss};
+use fulgurite_sdk::algorithm::policy::{Aggregation, Correction, CorrectionRule, KlEstimator, Loss};
 use fulgurite_sdk::algorithm::schedule::{Decay, Schedule};
 use serde::{Deserialize, Serialize};
 
@@ -47,8 +47,10 @@ pub struct Config {
     pub kl_estimator: KlEstimatorName,
     /// Weight of the mean entropy, which is subtracted from the loss. 0.
     pub entropy_coefficient: f32,
-    /// Cap of truncated importance sampling between sampler and trainer. None: their weights are equal.
-    pub importance_cap: Option<f32>,
+    /// Correction between sampler and trainer, where rollouts were drawn by other weights than those of the step, as with a
+    /// `start_share` below 1: `{ level = "token", rule = { truncate = 2.0 } }`, or `rule = { mask = [0.5, 5.0] }`. None: their
+    /// weights are equal.
+    pub correction: Option<Correction>,
     /// How token losses are added up: `token-mean`, `sequence-mean-token-mean`, `sequence-mean-token-sum` or, for Dr.GRPO,
     /// `{ constant = LENGTH }`. `token-mean`.
     pub aggregation: AggregationName,
@@ -112,7 +114,7 @@ impl Default for Config {
             kl_coefficient: 0.0,
             kl_estimator: KlEstimatorName::UnbiasedK3,
             entropy_coefficient: 0.0,
-            importance_cap: None,
+            correction: None,
             aggregation: AggregationName::TokenMean,
             epsilon: 1e-4,
             normalise_by_std: true,
@@ -176,8 +178,12 @@ impl Config {
         if self.dual_clip.is_some_and(|bound| !(bound.is_finite() && bound > 1.0)) {
             return Err("dual_clip: use a finite number above 1".to_owned());
         }
-        if self.importance_cap.is_some_and(|cap| !(cap.is_finite() && cap > 0.0)) {
-            return Err("importance_cap: use a finite number above 0".to_owned());
+        let is_sound = |rule: CorrectionRule| match rule {
+            CorrectionRule::Truncate(bound) => bound.is_finite() && bound > 0.0,
+            CorrectionRule::Mask(low, high) => low >= 0.0 && high.is_finite() && low < high,
+        };
+        if self.correction.is_some_and(|correction| !is_sound(correction.rule)) {
+            return Err("correction.rule: use truncate above 0, or mask = [LOW, HIGH] with 0 <= LOW < HIGH".to_owned());
         }
         if self.gradient_norm_max.is_some_and(|norm| !(norm.is_finite() && norm > 0.0)) {
             return Err("gradient_norm_max: use a finite number above 0".to_owned());
@@ -221,8 +227,8 @@ impl Config {
             };
             loss = loss.kl(estimator, self.kl_coefficient);
         }
-        if let Some(cap) = self.importance_cap {
-            loss = loss.importance_cap(cap);
+        if let Some(correction) = self.correction {
+            loss = loss.correction(correction);
         }
         loss
     }
@@ -270,7 +276,8 @@ mod tests {
             (r#"{"clip_low":1.5}"#, "clip_low"),
             (r#"{"clip_high":-1}"#, "clip_high"),
             (r#"{"dual_clip":1}"#, "dual_clip"),
-            (r#"{"importance_cap":0}"#, "importance_cap"),
+            (r#"{"correction":{"rule":{"truncate":0}}}"#, "correction.rule"),
+            (r#"{"correction":{"rule":{"mask":[2,0.5]}}}"#, "correction.rule"),
             (r#"{"epsilon":-1}"#, "epsilon"),
             (r#"{"temperature":0}"#, "temperature"),
             (r#"{"aggregation":{"constant":0}}"#, "aggregation"),

@@ -131,6 +131,11 @@ impl Grpo {
         let entries: Vec<Entry> =
             entries.iter().map(|(id, advantage)| Entry::new(id.clone(), Stream::Rl, *advantage as f32)).collect();
         let loss = self.config.loss();
+        if self.config.correction.is_some() {
+            // Without anchors the host takes the weights that drew for those of the start, and nothing is corrected.
+            let ids: Vec<TransitionId> = entries.iter().map(|entry| entry.transition().clone()).collect();
+            policy::anchor(&Model::Policy, &ids)?;
+        }
         let step = OptimiserStep {
             weight_decay: self.config.weight_decay,
             gradient_norm_max: self.config.gradient_norm_max,

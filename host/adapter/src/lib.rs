@@ -32,17 +32,20 @@
 //!     weights: Weights::Scalar(1.0),
 //!     group: None,
 //! };
-//! let rows = rows(&[Sequence { entries: vec![(Arc::new(transition), entry)] }], 128)?;
+//! let entries = vec![(Arc::new(transition), entry)];
+//! let rows = rows(&[Sequence { entries, ..Sequence::default() }], 128)?;
 //! assert_eq!(rows[0].weights, [0.0, 0.0, 1.0]);
 //! # Ok::<(), fulgurite_adapter::AdapterError>(())
 //! ```
 
 mod credit;
 mod error;
+mod pool;
 mod rows;
 mod transition;
 
 pub use credit::{ACCEPTED_BY_DEFAULT, accepted, total_reward};
 pub use error::AdapterError;
+pub use pool::Pool;
 pub use rows::{DroppedSequence, Rows, Sequence, rows, rows_that_fit};
 pub use transition::{Trajectory, Transition, of_roles, transitions};

@@ -6,10 +6,10 @@
 //! row of the same sequence; group statistics and normalisers go by sequence, so nothing depends on how often that
 //! happens.
 //!
-//! Rows have one stream, one temperature and one policy version, so a sequence with several streams has several rows for
-//! the same tokens.
+//! Rows have one stream, one group, one temperature and one policy version, so a sequence with several streams has several rows
+//! for the same tokens.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use fulgurite_core::algorithm::{BatchEntry, Scope, Weights};
@@ -25,6 +25,9 @@ use crate::transition::Transition;
 pub struct Sequence {
     /// Transitions with what is to be done with them.
     pub entries: Vec<(Arc<Transition>, BatchEntry)>,
+    /// Log-probs (nats) of transitions under the trainer's weights at the start of the update (π_old), one per token of the
+    /// scope `sampled`. What is not listed was drawn by those weights.
+    pub anchors: BTreeMap<TransitionId, Arc<[f32]>>,
 }
 
 /// A sequence that does not fit the engine and was left out as a whole.
@@ -88,8 +91,12 @@ pub fn rows_that_fit(sequences: &[Sequence], row_tokens_max: usize) -> Result<Ro
 
 /// What one stream does with one transition.
 struct Part<'a> {
+    /// Number of the call in its sequence.
+    call: u32,
+    group: Option<u64>,
     transition: &'a Transition,
     tokens: &'a TokenData,
+    anchor: Option<&'a [f32]>,
     sampled: Option<&'a Weights>,
     observed: Option<&'a Weights>,
 }
@@ -115,6 +122,8 @@ fn sequence_rows(sequence: &Sequence, number: u32) -> Result<Vec<(TrainingRow, T
                 weights: vec![],
                 behaviour_log_probs: vec![],
                 old_log_probs: vec![],
+                calls: vec![],
+                group: part.group,
                 stream,
                 temperature: part.transition.temperature,
                 policy_version: part.tokens.policy_version,
@@ -122,6 +131,12 @@ fn sequence_rows(sequence: &Sequence, number: u32) -> Result<Vec<(TrainingRow, T
             };
             append(&mut row, &part);
             of_stream.push((row, part.transition.id.clone()));
+        }
+        for (row, _) in &mut of_stream {
+            // Empty stands for the behaviour's.
+            if row.old_log_probs == row.behaviour_log_probs {
+                row.old_log_probs.clear();
+            }
         }
         rows.extend(of_stream.into_iter().filter(|(row, _)| row.mask.contains(&true)));
     }
@@ -141,7 +156,11 @@ fn parts(sequence: &Sequence, stream: Stream) -> Result<Vec<Part<'_>>, AdapterEr
             return Err(AdapterError::Duplicate { transition, stream, scope: entry.scope });
         }
         if parts.last().is_none_or(|part| part.transition.id != transition.id) {
-            parts.push(Part { transition, tokens, sampled: None, observed: None });
+            let call = parts.last().map_or(0, |part| part.call.saturating_add(1));
+            // What is given and not drawn has no ratio.
+            let anchor = if stream == Stream::Ce { None } else { sequence.anchors.get(&transition.id) };
+            let (anchor, group) = (anchor.map(|anchor| &**anchor), entry.group);
+            parts.push(Part { call, group, transition, tokens, anchor, sampled: None, observed: None });
         }
         if let Some(part) = parts.last_mut() {
             match entry.scope {
@@ -196,6 +215,7 @@ fn check_entry<'a>(transition: &'a Transition, entry: &BatchEntry) -> Result<&'a
 #[expect(clippy::float_cmp, reason = "rows of one temperature carry the very same number")]
 fn continues(row: &TrainingRow, part: &Part<'_>) -> bool {
     row.temperature == part.transition.temperature
+        && row.group == part.group
         && row.policy_version == part.tokens.policy_version
         && part.tokens.prompt_ids.starts_with(&row.ids)
 }
@@ -208,16 +228,18 @@ fn append(row: &mut TrainingRow, part: &Part<'_>) {
     for (place, id) in part.tokens.prompt_ids.iter().enumerate() {
         let weight = if place >= transition.observed_from { observed.as_mut().and_then(Iterator::next) } else { None };
         if place >= row.ids.len() {
-            push(row, *id, weight, 0.0, &[]);
+            push(row, part.call, *id, weight, 0.0, None, &[]);
         }
     }
     let mut sampled = part.sampled.map(|weights| WeightList::new(weights, transition.sampled_tokens()));
+    let mut anchor = part.anchor.map(|anchor| anchor.iter().copied());
     for (place, id) in part.tokens.completion_ids.iter().enumerate() {
         let in_scope = transition.mask.is_empty() || transition.mask.get(place).copied().unwrap_or(false);
         let weight = if in_scope { sampled.as_mut().and_then(Iterator::next) } else { None };
         // Only demonstrations lack log-probs, and they are never asked for theirs.
         let log_prob = part.tokens.behaviour_log_probs().get(place).copied().unwrap_or(0.0);
-        push(row, *id, weight, log_prob, part.tokens.kept.at(place).unwrap_or_default());
+        let old = if in_scope { anchor.as_mut().and_then(Iterator::next) } else { None };
+        push(row, part.call, *id, weight, log_prob, old, part.tokens.kept.at(place).unwrap_or_default());
     }
 }
 
@@ -251,8 +273,16 @@ impl Iterator for WeightList<'_> {
     }
 }
 
-/// Adds one token: trained with its weight and log-prob, or context.
-fn push(row: &mut TrainingRow, id: u32, weight: Option<f32>, log_prob: f32, kept: &[u32]) {
+/// Adds one token: trained with its weight and log-probs, or context.
+fn push(
+    row: &mut TrainingRow,
+    call: u32,
+    id: u32,
+    weight: Option<f32>,
+    log_prob: f32,
+    old: Option<f32>,
+    kept: &[u32],
+) {
     // Nothing predicts the first token of a row.
     let weight = weight.filter(|_| !row.ids.is_empty());
     let kept = if weight.is_some() { kept } else { &[] };
@@ -264,4 +294,6 @@ fn push(row: &mut TrainingRow, id: u32, weight: Option<f32>, log_prob: f32, kept
     row.mask.push(weight.is_some());
     row.weights.push(weight.unwrap_or(0.0));
     row.behaviour_log_probs.push(if weight.is_some() { log_prob } else { 0.0 });
+    row.old_log_probs.push(if weight.is_some() { old.unwrap_or(log_prob) } else { 0.0 });
+    row.calls.push(call);
 }

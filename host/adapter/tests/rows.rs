@@ -90,7 +90,7 @@ fn sampled(transition: &Transition, weight: f32) -> (Arc<Transition>, BatchEntry
 }
 
 fn sequence(transitions: &[Transition], weight: f32) -> Sequence {
-    Sequence { entries: transitions.iter().map(|transition| sampled(transition, weight)).collect() }
+    Sequence { entries: transitions.iter().map(|transition| sampled(transition, weight)).collect(), ..Sequence::default() }
 }
 
 fn weights(rows: &[TrainingRow]) -> Vec<Vec<f32>> {
@@ -172,6 +172,7 @@ fn observed_tokens_are_those_that_no_earlier_call_covers() {
             sampled(&calls[0], 1.0),
             sampled(&calls[1], 1.0),
         ],
+        ..Sequence::default()
     };
     let rows = rows(&[batch], NO_LIMIT).unwrap();
     assert_eq!(
@@ -192,7 +193,7 @@ fn a_demonstration_trains_its_masked_tokens_in_the_stream_ce_only() {
         Transition::demonstration(id.clone(), vec![1, 2, 3, 4], mask, "2 4".to_owned(), "{}".to_owned());
     assert_eq!((demonstration.prompt_tokens(), demonstration.sampled_tokens()), (1, 2));
     assert!(demonstration.is_trainable() && demonstration.is_demonstration());
-    let with = |stream, weights| Sequence { entries: vec![entry(&demonstration, stream, Scope::Sampled, weights)] };
+    let with = |stream, weights| Sequence { entries: vec![entry(&demonstration, stream, Scope::Sampled, weights)], ..Sequence::default() };
     let built = rows(&[with(Stream::Ce, Weights::PerToken(vec![1.0, 3.0]))], NO_LIMIT).unwrap();
     assert_eq!(weights(&built), [[0.0, 1.0, 0.0, 3.0]]);
     assert_eq!(built[0].mask, [false, true, false, true]);
@@ -202,7 +203,7 @@ fn a_demonstration_trains_its_masked_tokens_in_the_stream_ce_only() {
     }
     // Nothing trained: no row, and no sequence that would count in a mean.
     let silent = Transition::demonstration(id, vec![1, 2], vec![false, false], String::new(), "{}".to_owned());
-    assert!(rows(&[Sequence { entries: vec![sampled_ce(&silent)] }], NO_LIMIT).unwrap().is_empty());
+    assert!(rows(&[Sequence { entries: vec![sampled_ce(&silent)], ..Sequence::default() }], NO_LIMIT).unwrap().is_empty());
 }
 
 fn sampled_ce(transition: &Transition) -> (Arc<Transition>, BatchEntry) {
@@ -213,7 +214,7 @@ fn sampled_ce(transition: &Transition) -> (Arc<Transition>, BatchEntry) {
 fn wrong_batches_are_refused_with_a_reason() {
     let calls = of_calls(&[(&[1], &[2, 3])]);
     let id = calls[0].id.clone();
-    let refused = |entries: Vec<(Arc<Transition>, BatchEntry)>| rows(&[Sequence { entries }], NO_LIMIT).unwrap_err();
+    let refused = |entries: Vec<(Arc<Transition>, BatchEntry)>| rows(&[Sequence { entries, ..Sequence::default() }], NO_LIMIT).unwrap_err();
     let with = |stream, scope, weights| vec![entry(&calls[0], stream, scope, weights)];
     assert_eq!(
         refused(with(Stream::Rl, Scope::Sampled, Weights::PerToken(vec![1.0]))).to_string(),
@@ -462,9 +463,9 @@ proptest! {
     #[test]
     fn merged_and_unmerged_train_the_same_tokens_in_the_same_context(steps in steps()) {
         let entries = build(&steps, &[]);
-        let merged = rows(&[Sequence { entries: entries.clone() }], NO_LIMIT).unwrap();
+        let merged = rows(&[Sequence { entries: entries.clone(), ..Sequence::default() }], NO_LIMIT).unwrap();
         let one_each: Vec<Sequence> =
-            entries.iter().map(|entry| Sequence { entries: vec![entry.clone()] }).collect();
+            entries.iter().map(|entry| Sequence { entries: vec![entry.clone()], ..Sequence::default() }).collect();
         let unmerged = rows(&one_each, NO_LIMIT).unwrap();
         prop_assert_eq!(trained(&merged), wanted(&entries));
         prop_assert_eq!(trained(&unmerged), wanted(&entries));
@@ -477,8 +478,8 @@ proptest! {
         steps in steps(),
         broken in prop::collection::vec(any::<bool>(), 8),
     ) {
-        let whole = rows(&[Sequence { entries: build(&steps, &[]) }], NO_LIMIT).unwrap();
-        let split = rows(&[Sequence { entries: build(&steps, &broken) }], NO_LIMIT).unwrap();
+        let whole = rows(&[Sequence { entries: build(&steps, &[]), ..Sequence::default() }], NO_LIMIT).unwrap();
+        let split = rows(&[Sequence { entries: build(&steps, &broken), ..Sequence::default() }], NO_LIMIT).unwrap();
         let count = |rows: &[TrainingRow]| rows.iter().flat_map(|row| &row.mask).filter(|mask| **mask).count();
         prop_assert_eq!(count(&whole), count(&split));
         prop_assert!((mass(&whole) - mass(&split)).abs() < 1e-4);
@@ -487,7 +488,7 @@ proptest! {
 
     #[test]
     fn context_carries_nothing_and_lists_are_as_long_as_each_other(steps in steps()) {
-        for row in rows(&[Sequence { entries: build(&steps, &[]) }], NO_LIMIT).unwrap() {
+        for row in rows(&[Sequence { entries: build(&steps, &[]), ..Sequence::default() }], NO_LIMIT).unwrap() {
             let length = row.ids.len();
             prop_assert_eq!([row.mask.len(), row.weights.len(), row.behaviour_log_probs.len()], [length; 3]);
             prop_assert!(!row.mask[0]);
@@ -504,8 +505,8 @@ proptest! {
         let mut turned = entries.clone();
         turned.rotate_left(shift.min(entries.len()));
         prop_assert_eq!(
-            rows(&[Sequence { entries }], NO_LIMIT).unwrap(),
-            rows(&[Sequence { entries: turned }], NO_LIMIT).unwrap()
+            rows(&[Sequence { entries, ..Sequence::default() }], NO_LIMIT).unwrap(),
+            rows(&[Sequence { entries: turned, ..Sequence::default() }], NO_LIMIT).unwrap()
         );
     }
 

@@ -171,7 +171,8 @@ pub struct BatchEntry {
     pub scope: Scope,
     /// The weights.
     pub weights: Weights,
-    /// Pairs or groups entries for losses over several of them (DPO).
+    /// Pairs or groups entries for losses over several of them (DPO), and for
+    /// [`Aggregation::PromptMean`](crate::training::Aggregation::PromptMean).
     pub group: Option<u64>,
 }
 
@@ -244,6 +245,9 @@ pub trait AlgorithmHost: Send + Sync {
         trainable_roles: Vec<String>,
         metadata: String,
     ) -> Verb<'_, TransitionView>;
+
+    /// Keeps the log-probs of these transitions under the weights as they are, for the rest of the step, as π_old.
+    fn anchor(&self, model: ModelReference, transitions: Vec<TransitionId>) -> Verb<'_, ()>;
 
     /// Adds the gradient of a loss over a whole optimiser batch.
     fn forward_backward(

@@ -35,6 +35,11 @@ pub struct TrainingRow {
     /// Log-probability (nats) under the trainer's weights at the start of the update (π_old); empty means: use
     /// `behaviour_log_probs` (exact when versions are equal).
     pub old_log_probs: Vec<f32>,
+    /// Which call of its sequence each token is of, by a number of the caller's; empty: all of one. Only losses whose sequences
+    /// are calls look at it.
+    pub calls: Vec<u32>,
+    /// Which group of the batch the row belongs to: only [`Aggregation::PromptMean`] looks at it.
+    pub group: Option<u64>,
     /// What the weights multiply.
     pub stream: Stream,
     /// Temperature at which the row was sampled; log-probs are of the softmax at this temperature. 1 for demonstrations.
@@ -52,6 +57,8 @@ pub struct TrainingRow {
 pub enum PolicyLoss {
     /// `-A log π`.
     Reinforce,
+    /// `-A r`.
+    ImportanceSampling,
     /// PPO's clipped surrogate with separate lower and upper clip and optional dual clip.
     Ppo {
         /// ε_low, 0.2 by default.
@@ -61,6 +68,74 @@ pub enum PolicyLoss {
         /// Bound c > 1 on negative advantages; `None` switches it off.
         dual_clip: Option<f32>,
     },
+    /// `-sg[clip(r)] A log π`: no token loses its gradient (MiniMax-M1, arXiv 2506.13585).
+    Cispo {
+        /// The ratio is kept above 1 minus this; `None` has no lower bound.
+        clip_low: Option<f32>,
+        /// The ratio is kept below 1 plus this.
+        clip_high: f32,
+    },
+    /// `-A 4/τ σ(τ (r − 1))`: a clip without edges (SAPO, arXiv 2511.20347).
+    Sapo {
+        /// τ where the advantage is above 0; 1.0 in the paper.
+        temperature_positive: f32,
+        /// τ elsewhere; 1.05 in the paper.
+        temperature_negative: f32,
+    },
+}
+
+/// What a ratio or a correction's weight is taken over.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RatioLevel {
+    /// Each token its own.
+    #[default]
+    Token,
+    /// exp of the mean of the sequence's log ratios (GSPO, arXiv 2507.18071).
+    SequenceMean,
+    /// exp of their sum.
+    SequenceSum,
+}
+
+/// What a sequence is, wherever a loss speaks of one.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SequenceScope {
+    /// A rollout: all rows with its number.
+    #[default]
+    Rollout,
+    /// One call of it.
+    Call,
+}
+
+/// What a correction does with its weights (ALGORITHMS.md section 7).
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CorrectionRule {
+    /// Truncated importance sampling.
+    Truncate {
+        /// Largest weight, above 0.
+        max: f32,
+    },
+    /// What has a weight outside of the bounds is dropped; the rest keeps its weight.
+    Mask {
+        /// Smallest weight that is kept.
+        min: f32,
+        /// Largest weight that is kept.
+        max: f32,
+    },
+}
+
+/// Weights π_old/μ on token losses, without derivative. 1 where π_old is μ, so the ratio π_θ/μ is never corrected twice.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Correction {
+    /// What a weight is taken over.
+    pub level: RatioLevel,
+    /// What is done with it.
+    pub rule: CorrectionRule,
+    /// Whether weights are divided by their mean in the batch: over tokens at [`RatioLevel::Token`], else over sequences.
+    /// What was dropped counts as 0 there.
+    pub batch_normalise: bool,
 }
 
 /// How token losses become one number (ALGORITHMS.md section 6). All normalisers are taken over the whole batch of one
@@ -79,6 +154,13 @@ pub enum Aggregation {
         /// The constant length, in tokens.
         length: u32,
     },
+    /// Σ ℓ m / length, whatever the number of sequences.
+    SumConstant {
+        /// The constant length, in tokens.
+        length: u32,
+    },
+    /// Mean over groups of the mean over their tokens.
+    PromptMean,
 }
 
 /// Estimator of the KL to the reference (ALGORITHMS.md section 5).
@@ -115,8 +197,17 @@ pub struct LossSpec {
     pub kl: Option<KlTerm>,
     /// c in `L −= c · mean H`.
     pub entropy_coefficient: f32,
-    /// C of token-level truncated importance sampling between π_old and μ; `None` applies none.
-    pub importance_cap: Option<f32>,
+    /// What the ratio π_θ/π_old is taken over.
+    pub ratio_level: RatioLevel,
+    /// What a sequence is.
+    pub sequence_scope: SequenceScope,
+    /// δ: bound of the unclipped ratio, of PPO and importance sampling (INTELLECT-2, arXiv 2505.07291); `None` sets none.
+    pub ratio_max: Option<f32>,
+    /// Correction between π_old and μ; `None` applies none.
+    pub correction: Option<Correction>,
+    /// δ (nats): tokens with a negative advantage are dropped where the mean of `log μ − log π_θ` over the sequence is above
+    /// it (DeepSeek-V3.2, arXiv 2512.02556); `None` drops none.
+    pub off_policy_mask: Option<f32>,
 }
 
 impl Default for LossSpec {
@@ -127,7 +218,11 @@ impl Default for LossSpec {
             aggregation: Aggregation::TokenMean,
             kl: None,
             entropy_coefficient: 0.0,
-            importance_cap: None,
+            ratio_level: RatioLevel::Token,
+            sequence_scope: SequenceScope::Rollout,
+            ratio_max: None,
+            correction: None,
+            off_policy_mask: None,
         }
     }
 }
@@ -163,6 +258,16 @@ pub struct ForwardBackwardReport {
     pub effective_sample_size: f64,
     /// Mean negative log-probability of trained tokens (nats).
     pub cross_entropy: f64,
+    /// Mean of the correction's weights over the policy-gradient tokens; 1 without a correction, 0 without such tokens.
+    pub correction_mean: f64,
+    /// Largest of them.
+    pub correction_max: f64,
+    /// Share of the policy-gradient tokens that the correction's mask or the off-policy mask dropped.
+    pub masked_share: f64,
+    /// Mean of the policy-gradient tokens' weights.
+    pub advantage_mean: f64,
+    /// Their standard deviation (of the whole batch, divided by N).
+    pub advantage_deviation: f64,
 }
 
 /// AdamW's step.

@@ -133,6 +133,8 @@ fn training_rows(engine: &PolicyEngine, lengths: &[usize]) -> Vec<TrainingRow> {
                 weights: value(if sequence % 2 == 0 { 1.0 } else { -1.0 }),
                 behaviour_log_probs: value(-6.2),
                 old_log_probs: vec![],
+                calls: vec![],
+                group: None,
                 ids,
                 mask,
                 stream: Stream::Rl,

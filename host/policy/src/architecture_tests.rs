@@ -15,7 +15,7 @@ use crate::decoder::{Decoder, Row, Scratch};
 use crate::device::PolicyDevice;
 use crate::inference::Inference;
 use crate::kv_cache::{BLOCK_TOKENS, BlockLayout, KvCache};
-use crate::loss::Normalisers;
+use crate::loss::BatchLoss;
 use crate::parameters::{Kind, Parameters, Values};
 use crate::rotary::RotaryTable;
 use crate::shape::{Architecture, ModelShape, RopeScaling};
@@ -286,6 +286,8 @@ fn gradient(device: PolicyDevice, parameters: &Arc<Parameters>, rows: &[Vec<u32>
             weights: vec![1.0; ids.len()],
             behaviour_log_probs: vec![0.0; ids.len()],
             old_log_probs: vec![],
+            calls: vec![],
+            group: None,
             stream: Stream::Ce,
             temperature: 1.0,
             policy_version: PolicyVersion(0),
@@ -294,8 +296,8 @@ fn gradient(device: PolicyDevice, parameters: &Arc<Parameters>, rows: &[Vec<u32>
         .collect();
     let runner = BatchRunner::new(&config(device), Arc::new(RotaryTable::new(&parameters.shape))).unwrap();
     let spec = LossSpec::default();
-    let normalisers = Normalisers::new(&spec.aggregation, &rows).unwrap();
-    let objective = Objective::Loss { spec, normalisers, reference: None };
+    let loss = BatchLoss::new(spec, &rows, || panic!("no forward pass is needed")).unwrap();
+    let objective = Objective::Loss { loss, reference: None };
     let outcome = runner.run(parameters.clone(), rows, objective).unwrap();
     (outcome.report.loss, outcome.gradient.unwrap())
 }

@@ -16,7 +16,7 @@ use crate::device::Backend;
 use crate::error::PolicyError;
 use crate::kernel;
 use crate::kv_cache::KvCache;
-use crate::loss::Normalisers;
+use crate::loss::BatchLoss;
 use crate::optimiser::gradient_norm;
 use crate::parameters::Parameters;
 use crate::peft;
@@ -140,6 +140,8 @@ impl Inference {
             weights: vec![1.0; len],
             behaviour_log_probs: vec![0.0; len],
             old_log_probs: vec![],
+            calls: vec![],
+            group: None,
             stream: Stream::Ce,
             temperature: 1.0,
             policy_version: PolicyVersion::default(),
@@ -148,9 +150,9 @@ impl Inference {
         let rows = vec![row];
         check_rows(self.shape(), &rows)?;
         let spec = LossSpec { aggregation: Aggregation::TokenMean, ..LossSpec::default() };
-        let normalisers = Normalisers::new(&spec.aggregation, &rows)?;
         let log_probs = self.runner.run(self.weights.clone(), rows.clone(), Objective::Forward)?.log_probs;
-        let objective = Objective::Loss { spec, normalisers, reference: None };
+        let loss = BatchLoss::new(spec, &rows, || Ok(log_probs.clone()))?;
+        let objective = Objective::Loss { loss, reference: None };
         let outcome = self.runner.run(self.weights.clone(), rows, objective)?;
         Ok(CrossEntropy {
             mean: outcome.report.cross_entropy,

@@ -63,6 +63,8 @@ mod split;
 mod stream;
 mod sums;
 mod support;
+#[doc(hidden)]
+pub mod table;
 mod template;
 mod text_cache;
 mod tokenizer;

@@ -13,13 +13,14 @@ use crate::decoder::{Decoder, Row, Scratch};
 use crate::device::PolicyDevice;
 use crate::kv_cache::KvCache;
 use crate::lora::{AdapterLayout, LoraConfig, LoraTarget};
-use crate::loss::Normalisers;
 use crate::optimiser::AdamW;
 use crate::parameters::Parameters;
 use crate::rotary::RotaryTable;
 use crate::shape::ModelShape;
 use crate::train::{BatchRunner, Objective};
-use crate::train_tests::{VOCABULARY, config, full_spec, largest, largest_difference, parameters, rows, runner};
+use crate::train_tests::{
+    VOCABULARY, config, full_spec, largest, largest_difference, objective, parameters, rows, runner,
+};
 use crate::weights::{Base, ModelWeights};
 
 /// Every kind of projection: grouped heads, biases and norms of heads.
@@ -67,11 +68,6 @@ fn log_probs(runner: &BatchRunner, weights: &ModelWeights, rows: &[TrainingRow])
     outcome.log_probs.into_iter().map(|row| row.log_probs).collect()
 }
 
-fn loss(spec: &LossSpec, rows: &[TrainingRow], reference: Option<ModelWeights>) -> Objective {
-    let normalisers = Normalisers::new(&spec.aggregation, rows).unwrap();
-    Objective::Loss { spec: spec.clone(), normalisers, reference }
-}
-
 #[test]
 fn a_fresh_adapter_changes_no_bit_and_the_base_is_the_reference() {
     for shape in shapes() {
@@ -84,11 +80,11 @@ fn a_fresh_adapter_changes_no_bit_and_the_base_is_the_reference() {
         assert_eq!(log_probs(&runner, &weights.base().unwrap(), &rows), plain);
         let kl = Some(KlTerm { estimator: KlEstimator::K3, coefficient: 0.1 });
         let spec = LossSpec { kl, ..full_spec() };
-        let report = runner.run(weights.clone(), rows.clone(), loss(&spec, &rows, weights.base())).unwrap().report;
+        let report = runner.run(weights.clone(), rows.clone(), objective(&runner, &weights, &rows, &spec, weights.base())).unwrap().report;
         assert_eq!(report.reference_kl, 0.0);
         let moved = adapted(&base, &LoraConfig { rank: 4, ..LoraConfig::default() }, 1);
         assert_ne!(log_probs(&runner, &moved, &rows), plain);
-        let report = runner.run(moved.clone(), rows.clone(), loss(&spec, &rows, moved.base())).unwrap().report;
+        let report = runner.run(moved.clone(), rows.clone(), objective(&runner, &moved, &rows, &spec, moved.base())).unwrap().report;
         assert!(report.reference_kl > 0.0);
     }
 }
@@ -149,7 +145,7 @@ fn the_gradient_of_every_matrix_is_the_slope_of_the_loss() {
             ..full_spec()
         };
         let evaluate = |weights: &ModelWeights| {
-            runner.run(weights.clone(), rows.clone(), loss(&spec, &rows, weights.base())).unwrap()
+            runner.run(weights.clone(), rows.clone(), objective(&runner, weights, &rows, &spec, weights.base())).unwrap()
         };
         let gradient = evaluate(&weights).gradient.unwrap();
         let adapter = weights.trained();
@@ -187,7 +183,7 @@ fn recomputing_activations_and_counting_threads_change_no_bit() {
             ModelWeights::Critic(_) => {
                 Objective::ValueDerivatives(rows.iter().map(|row| row.weights.clone()).collect())
             }
-            _ => loss(&full_spec(), &rows, None),
+            _ => objective(&runner_of(&shape, &plain), &weights, &rows, &full_spec(), None),
         };
         let mut seen = vec![];
         for (gradient_checkpointing, threads) in [(false, 1), (true, 1), (true, 3)] {
@@ -209,11 +205,13 @@ fn logits_in_pieces_change_the_gradient_by_rounding_only() {
     let reference = Some(ModelWeights::Full(self::parameters(&plain, 2)));
     let kl = Some(KlTerm { estimator: KlEstimator::K3, coefficient: 0.1 });
     let spec = LossSpec { kl, ..full_spec() };
-    let want = whole.run(parameters.clone(), rows.clone(), loss(&spec, &rows, reference.clone())).unwrap();
+    let weights = ModelWeights::Full(parameters.clone());
+    let objective = objective(&whole, &weights, &rows, &spec, reference);
+    let want = whole.run(parameters.clone(), rows.clone(), objective.clone()).unwrap();
     let want_gradient = want.gradient.unwrap();
     for logits_bytes_max in [1, 5 * 4 * VOCABULARY] {
         let pieces = runner(&PolicyConfig { logits_bytes_max, ..plain.clone() });
-        let got = pieces.run(parameters.clone(), rows.clone(), loss(&spec, &rows, reference.clone())).unwrap();
+        let got = pieces.run(parameters.clone(), rows.clone(), objective.clone()).unwrap();
         assert_eq!(got.report, want.report, "each token's numbers are its own");
         let difference = largest_difference(&got.gradient.unwrap(), &want_gradient);
         assert!(difference < 1e-5 * largest(&want_gradient), "{difference}");

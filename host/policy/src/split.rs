@@ -61,6 +61,8 @@ mod tests {
             weights: vec![],
             behaviour_log_probs: vec![],
             old_log_probs: vec![],
+            calls: vec![],
+            group: None,
             stream: Stream::Rl,
             temperature: 1.0,
             policy_version: PolicyVersion(0),

@@ -12,16 +12,14 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
-use fulgurite_core::training::{
-    ForwardBackwardReport, LossSpec, PolicyLoss, RowDerivatives, RowLogProbs, Stream, TrainingRow,
-};
+use fulgurite_core::training::{ForwardBackwardReport, RowDerivatives, RowLogProbs, Stream, TrainingRow};
 
 use crate::compute::{Bounds, Compute, Models, PackedModels, Sources, Workspace};
 use crate::config::PolicyConfig;
 use crate::device::Backend;
 use crate::error::PolicyError;
 use crate::kernel;
-use crate::loss::{self, Normalisers, TokenInput};
+use crate::loss::{self, BatchLoss, Seen, Slopes};
 use crate::parallel;
 use crate::parameters::{Parameters, Values};
 use crate::rotary::RotaryTable;
@@ -36,10 +34,8 @@ use crate::weights::ModelWeights;
 pub(crate) enum Objective {
     /// Gradient and report of a loss.
     Loss {
-        /// The loss.
-        spec: LossSpec,
-        /// Of the whole batch.
-        normalisers: Normalisers,
+        /// The loss, made of the whole batch.
+        loss: BatchLoss,
         /// ModelWeights of the KL term's reference.
         reference: Option<ModelWeights>,
     },
@@ -141,17 +137,29 @@ fn invalid(text: impl Into<String>) -> PolicyError {
 
 /// Checks rows against the model and themselves: they carry numbers from plugins.
 pub(crate) fn check_rows(shape: &ModelShape, rows: &[TrainingRow]) -> Result<(), PolicyError> {
+    check_rows_within(shape.context_tokens_max, shape.vocabulary, rows)
+}
+
+/// The same for whatever has so many ids and takes rows of so many.
+pub(crate) fn check_rows_within(
+    context_tokens_max: usize,
+    vocabulary: usize,
+    rows: &[TrainingRow],
+) -> Result<(), PolicyError> {
     for (index, row) in rows.iter().enumerate() {
         let refuse = |what: &str| Err(invalid(format!("row {index}: {what}")));
         let len = row.ids.len();
-        if len == 0 || len > shape.context_tokens_max {
-            return refuse(&format!("{len} tokens, where 1 to {} fit the context", shape.context_tokens_max));
+        if len == 0 || len > context_tokens_max {
+            return refuse(&format!("{len} tokens, where 1 to {context_tokens_max} fit the context"));
         }
         let lists = [row.mask.len(), row.weights.len(), row.behaviour_log_probs.len()];
         if lists != [len; 3] || !(row.old_log_probs.is_empty() || row.old_log_probs.len() == len) {
             return refuse("mask, weights and log-probs must have one entry per id");
         }
-        if row.ids.iter().any(|id| *id as usize >= shape.vocabulary) {
+        if !(row.calls.is_empty() || row.calls.len() == len) {
+            return refuse("calls must be empty or have one entry per id");
+        }
+        if row.ids.iter().any(|id| *id as usize >= vocabulary) {
             return refuse("an id is outside the vocabulary");
         }
         if !(row.temperature.is_finite() && row.temperature >= 0.0) {
@@ -169,7 +177,7 @@ pub(crate) fn check_rows(shape: &ModelShape, rows: &[TrainingRow]) -> Result<(),
         if row.stream == Stream::RefKl {
             return Err(PolicyError::Unsupported("the stream `ref_kl`".to_owned()));
         }
-        for at in (0..len).filter(|at| loss::is_trained(row, *at)) {
+        for at in loss::trained(row) {
             if !row.weights.get(at).is_some_and(|weight| weight.is_finite()) {
                 return refuse("a weight is not finite");
             }
@@ -198,29 +206,6 @@ pub(crate) fn check_derivatives<'a, const N: usize>(
         }
     }
     if fits { Ok(()) } else { Err(invalid("there must be derivatives for every row")) }
-}
-
-/// Checks what a plugin asks for.
-pub(crate) fn check_loss(spec: &LossSpec) -> Result<(), PolicyError> {
-    let check = |name: &str, value: f32, least: f32| {
-        let fits = value.is_finite() && value >= least;
-        if fits { Ok(()) } else { Err(invalid(format!("`{name}` is {value}, it must be finite and at least {least}"))) }
-    };
-    if let PolicyLoss::Ppo { clip_low, clip_high, dual_clip } = spec.policy_loss {
-        check("clip_low", clip_low, 0.0)?;
-        check("clip_high", clip_high, 0.0)?;
-        if let Some(bound) = dual_clip {
-            check("dual_clip", bound, 1.0)?;
-        }
-    }
-    if let Some(term) = &spec.kl {
-        check("kl.coefficient", term.coefficient, 0.0)?;
-    }
-    if let Some(cap) = spec.importance_cap {
-        check("importance_cap", cap, 0.0)?;
-    }
-    // A negative coefficient punishes entropy, which is unusual and legitimate.
-    check("entropy_coefficient", spec.entropy_coefficient, f32::MIN)
 }
 
 impl BatchRunner {
@@ -425,7 +410,7 @@ impl Job {
         // Which token each target is predicted from: its row, and its place there.
         let mut sources = Vec::new();
         for (place, (index, row)) in rows().enumerate() {
-            for at in (0..row.ids.len()).filter(|at| loss::is_trained(row, *at)) {
+            for at in loss::trained(row) {
                 targets.push(Target { row: index, at });
                 sources.push((place, at - 1));
             }
@@ -483,8 +468,9 @@ impl Job {
             scaled.clear();
             scaled.extend_from_slice(values);
             let entropy = kernel::probabilities(values, normaliser);
-            let derivatives = self.token(target, row, f64::from(log_prob), f64::from(entropy), reference, result);
-            let (d_log_prob, d_entropy) = derivatives;
+            let seen = Seen { log_prob: f64::from(log_prob), entropy: f64::from(entropy), reference };
+            let slopes = self.token(target, row, seen, result);
+            let (d_log_prob, d_entropy) = narrow(slopes.log_prob, slopes.entropy);
             // With z the scaled logits: d log p(y) / dz_j = [j = y] - p_j and dH / dz_j = -p_j (log p_j + H).
             for (j, (slot, scaled)) in values.iter_mut().zip(&scaled).enumerate() {
                 let probability = *slot;
@@ -498,56 +484,18 @@ impl Job {
         }
     }
 
-    /// Books one token and returns the loss's derivatives with respect to its log-prob and entropy.
-    fn token(
-        &self,
-        target: &Target,
-        row: &TrainingRow,
-        log_prob: f64,
-        entropy: f64,
-        reference: Option<f64>,
-        result: &mut ShardResult,
-    ) -> (f32, f32) {
+    /// Books one token and returns the loss's derivatives.
+    fn token(&self, target: &Target, row: &TrainingRow, seen: Seen, result: &mut ShardResult) -> Slopes {
         let at = target.at;
-        let value = |list: &[f32]| list.get(at).copied().map(f64::from);
-        let behaviour = value(&row.behaviour_log_probs).unwrap_or(0.0);
-        let old = value(&row.old_log_probs).unwrap_or(behaviour);
-        let sums = &mut result.sums;
-        sums.tokens += 1;
-        sums.entropy += entropy;
-        sums.cross_entropy -= log_prob;
-        let (d_log_prob, d_entropy) = match &self.objective {
-            Objective::Loss { spec, normalisers, .. } => {
-                let weight = value(&row.weights).unwrap_or(0.0);
-                let input = TokenInput { log_prob, old, behaviour, reference, weight };
-                let coefficient = normalisers.coefficient(row.stream, row.sequence);
-                if row.stream == Stream::Ce {
-                    let token = loss::cross_entropy(&input);
-                    sums.loss += coefficient * token.loss;
-                    (coefficient * token.d_log_prob, 0.0)
-                } else {
-                    let token = loss::policy_gradient(spec, &input);
-                    let entropy_coefficient =
-                        normalisers.entropy_coefficient(row.stream) * f64::from(spec.entropy_coefficient);
-                    sums.loss += coefficient * token.loss - entropy_coefficient * entropy;
-                    sums.policy_tokens += 1;
-                    sums.clipped += u64::from(token.clipped);
-                    sums.approximate_kl += loss::approximate_kl(log_prob, old);
-                    sums.reference_kl += token.reference_kl;
-                    sums.ratio += token.ratio;
-                    sums.ratio_max = sums.ratio_max.max(token.ratio);
-                    let mismatch = (log_prob - behaviour).abs();
-                    sums.mismatch += mismatch;
-                    sums.mismatch_max = sums.mismatch_max.max(mismatch);
-                    let importance = loss::importance(log_prob, behaviour);
-                    sums.importance += importance;
-                    sums.importance_squared += importance * importance;
-                    (coefficient * token.d_log_prob, -entropy_coefficient)
-                }
-            }
+        result.sums.token(&seen);
+        match &self.objective {
+            Objective::Loss { loss, .. } => loss.token(row, at, seen, &mut result.sums),
             Objective::Derivatives(derivatives) => {
-                let of = |list: &[f32]| value(list).unwrap_or(0.0);
-                derivatives.get(target.row).map_or((0.0, 0.0), |row| (of(&row.log_probs), of(&row.entropies)))
+                let of = |list: &[f32]| list.get(at).copied().map_or(0.0, f64::from);
+                derivatives.get(target.row).map_or(Slopes::default(), |row| Slopes {
+                    log_prob: of(&row.log_probs),
+                    entropy: of(&row.entropies),
+                })
             }
             Objective::Forward | Objective::Values | Objective::ValueDerivatives(_) => {
                 if result.log_probs.last().is_none_or(|(last, _)| *last != target.row) {
@@ -557,13 +505,12 @@ impl Job {
                 if let Some((_, slots)) = result.log_probs.last_mut() {
                     let slots = slots.log_probs.get_mut(at).zip(slots.entropies.get_mut(at));
                     if let Some((slot, entropy_slot)) = slots {
-                        (*slot, *entropy_slot) = narrow(log_prob, entropy);
+                        (*slot, *entropy_slot) = narrow(seen.log_prob, seen.entropy);
                     }
                 }
-                (0.0, 0.0)
+                Slopes::default()
             }
-        };
-        narrow(d_log_prob, d_entropy)
+        }
     }
 }
 

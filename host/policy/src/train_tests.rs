@@ -9,16 +9,18 @@ use fulgurite_core::id::PolicyVersion;
 use fulgurite_core::llm::KeptTokens;
 use fulgurite_core::seed::{Generator, Seed};
 use fulgurite_core::training::{
-    Aggregation, KlEstimator, KlTerm, LossSpec, PolicyLoss, RowDerivatives, Stream, TrainingRow,
+    Aggregation, Correction, CorrectionRule, KlEstimator, KlTerm, LossSpec, PolicyLoss, RatioLevel, RowDerivatives,
+    SequenceScope, Stream, TrainingRow,
 };
 
 use crate::config::PolicyConfig;
 use crate::device::PolicyDevice;
-use crate::loss::Normalisers;
+use crate::loss::BatchLoss;
 use crate::optimiser::gradient_norm;
 use crate::parameters::{Parameters, Values};
 use crate::rotary::RotaryTable;
 use crate::train::{BatchRunner, Objective, Outcome};
+use crate::weights::ModelWeights;
 
 pub(crate) const VOCABULARY: usize = 61;
 
@@ -74,6 +76,8 @@ pub(crate) fn rows(runner: &BatchRunner, parameters: &Arc<Parameters>, count: us
                 mask,
                 behaviour_log_probs: vec![0.0; len],
                 old_log_probs: vec![],
+                calls: vec![],
+                group: None,
                 stream: if index % 3 == 2 { Stream::Ce } else { Stream::Rl },
                 temperature: if index % 4 == 1 { 0.7 } else { 1.0 },
                 policy_version: PolicyVersion(0),
@@ -89,13 +93,33 @@ pub(crate) fn rows(runner: &BatchRunner, parameters: &Arc<Parameters>, count: us
     rows
 }
 
-fn objective(spec: &LossSpec, rows: &[TrainingRow], reference: Option<Arc<Parameters>>) -> Objective {
-    let normalisers = Normalisers::new(&spec.aggregation, rows).unwrap();
-    Objective::Loss { spec: spec.clone(), normalisers, reference: reference.map(Into::into) }
+/// A loss as the trainer makes it: under the weights that it is computed for.
+pub(crate) fn objective(
+    runner: &BatchRunner,
+    weights: &ModelWeights,
+    rows: &[TrainingRow],
+    spec: &LossSpec,
+    reference: Option<ModelWeights>,
+) -> Objective {
+    let forward = || Ok(runner.run(weights.clone(), rows.to_vec(), Objective::Forward)?.log_probs);
+    Objective::Loss { loss: BatchLoss::new(spec.clone(), rows, forward).unwrap(), reference }
 }
 
 fn run(runner: &BatchRunner, parameters: &Arc<Parameters>, rows: &[TrainingRow], spec: &LossSpec) -> Outcome {
-    runner.run(parameters.clone(), rows.to_vec(), objective(spec, rows, None)).unwrap()
+    run_with(runner, parameters, rows, spec, None)
+}
+
+fn run_with(
+    runner: &BatchRunner,
+    parameters: &Arc<Parameters>,
+    rows: &[TrainingRow],
+    spec: &LossSpec,
+    reference: Option<&Arc<Parameters>>,
+) -> Outcome {
+    let weights = ModelWeights::from(parameters.clone());
+    let reference = reference.map(|reference| reference.clone().into());
+    let objective = objective(runner, &weights, rows, spec, reference);
+    runner.run(weights, rows.to_vec(), objective).unwrap()
 }
 
 pub(crate) fn largest_difference(a: &Values, b: &Values) -> f32 {
@@ -115,9 +139,13 @@ pub(crate) fn full_spec() -> LossSpec {
     LossSpec {
         policy_loss: PolicyLoss::Ppo { clip_low: 0.2, clip_high: 0.28, dual_clip: Some(3.0) },
         aggregation: Aggregation::SequenceMeanTokenMean,
-        kl: None,
         entropy_coefficient: 0.05,
-        importance_cap: Some(2.0),
+        correction: Some(Correction {
+            level: RatioLevel::Token,
+            rule: CorrectionRule::Truncate { max: 2.0 },
+            batch_normalise: false,
+        }),
+        ..LossSpec::default()
     }
 }
 
@@ -126,16 +154,28 @@ pub(crate) fn full_spec() -> LossSpec {
 fn the_gradient_is_the_slope_of_the_loss() {
     for device in PolicyDevice::tested() {
         let unclipped = PolicyLoss::Ppo { clip_low: 0.9, clip_high: 9.0, dual_clip: None };
-        for (kv_heads, tied, policy_loss) in [(4, false, unclipped), (2, true, PolicyLoss::Reinforce)] {
+        let sapo = PolicyLoss::Sapo { temperature_positive: 1.0, temperature_negative: 1.05 };
+        for (kv_heads, tied, policy_loss, ratio_level) in [
+            (4, false, unclipped.clone(), RatioLevel::Token),
+            (2, true, PolicyLoss::Reinforce, RatioLevel::Token),
+            (4, false, PolicyLoss::ImportanceSampling, RatioLevel::SequenceMean),
+            (2, true, unclipped, RatioLevel::SequenceSum),
+            (4, true, sapo, RatioLevel::Token),
+        ] {
             let config = config(device, kv_heads, tied);
             let (runner, parameters) = (runner(&config), parameters(&config, 1));
             let reference = self::parameters(&config, 2);
             let kl = Some(KlTerm { estimator: KlEstimator::K2, coefficient: 0.02 });
-            let spec = LossSpec { policy_loss, kl, ..full_spec() };
-            let rows = rows(&runner, &parameters, 11);
-            let evaluate = |parameters: Arc<Parameters>| {
-                runner.run(parameters, rows.clone(), objective(&spec, &rows, Some(reference.clone()))).unwrap()
-            };
+            let spec = LossSpec { policy_loss, ratio_level, kl, ..full_spec() };
+            let mut rows = rows(&runner, &parameters, 11);
+            if ratio_level != RatioLevel::Token {
+                // In token form a sequence's slope is exact where its tokens have one advantage.
+                for row in &mut rows {
+                    row.weights.fill(if row.sequence % 2 == 0 { 0.8 } else { -0.6 });
+                }
+            }
+            let evaluate =
+                |parameters: Arc<Parameters>| run_with(&runner, &parameters, &rows, &spec, Some(&reference));
             let base = evaluate(parameters.clone());
             let gradient = base.gradient.unwrap();
             for (tensor, spec) in parameters.specs.iter().enumerate() {
@@ -244,14 +284,26 @@ fn split_order_and_padding_do_not_change_loss_or_gradient() {
         let base = config(device, 4, false);
         let parameters = parameters(&base, 1);
         let whole = runner(&base);
-        let rows = rows(&whole, &parameters, 24);
-        for aggregation in [
-            Aggregation::TokenMean,
-            Aggregation::SequenceMeanTokenMean,
-            Aggregation::SequenceMeanTokenSum,
-            Aggregation::Constant { length: 16 },
+        let mut rows = rows(&whole, &parameters, 24);
+        for row in &mut rows {
+            row.group = Some(u64::from(row.sequence % 3));
+            row.calls = (0..row.ids.len()).map(|at| u32::from(at > 5)).collect();
+        }
+        for (aggregation, ratio_level, sequence_scope) in [
+            (Aggregation::TokenMean, RatioLevel::Token, SequenceScope::Rollout),
+            (Aggregation::SequenceMeanTokenMean, RatioLevel::SequenceMean, SequenceScope::Rollout),
+            (Aggregation::SequenceMeanTokenSum, RatioLevel::SequenceSum, SequenceScope::Call),
+            (Aggregation::Constant { length: 16 }, RatioLevel::SequenceMean, SequenceScope::Call),
+            (Aggregation::PromptMean, RatioLevel::Token, SequenceScope::Rollout),
         ] {
-            let spec = LossSpec { aggregation, ..full_spec() };
+            let correction = Some(Correction {
+                level: ratio_level,
+                rule: CorrectionRule::Mask { min: 0.9, max: 1.1 },
+                batch_normalise: true,
+            });
+            let off_policy_mask = Some(0.01);
+            let spec =
+                LossSpec { aggregation, ratio_level, sequence_scope, correction, off_policy_mask, ..full_spec() };
             let want = run(&whole, &parameters, &rows, &spec);
             let want_gradient = want.gradient.unwrap();
             let mut shuffled = rows.clone();
@@ -353,9 +405,12 @@ fn rows_and_losses_that_do_not_fit_are_refused() {
         policy_loss: PolicyLoss::Ppo { clip_low, clip_high, dual_clip: None },
         ..LossSpec::default()
     };
-    assert!(crate::train::check_loss(&ppo(f32::NAN, 0.2)).is_err());
-    assert!(crate::train::check_loss(&ppo(0.2, -0.1)).is_err());
-    assert!(crate::train::check_loss(&ppo(0.2, 0.28)).is_ok());
+    assert!(refused(&|row| row.calls = vec![0]).contains("calls"));
+    let forward = || panic!("no forward pass is needed");
+    let check = |spec: LossSpec| BatchLoss::new(spec, std::slice::from_ref(&good), forward);
+    assert!(check(ppo(f32::NAN, 0.2)).is_err());
+    assert!(check(ppo(0.2, -0.1)).is_err());
+    assert!(check(ppo(0.2, 0.28)).is_ok());
 }
 
 #[test]
@@ -373,8 +428,7 @@ fn the_devices_agree_on_log_probs_gradients_and_reports() {
         let spec = LossSpec { kl, ..full_spec() };
         let [a, b] = [&kernels, &burn].map(|runner| {
             let log_probs = runner.run(parameters.clone(), rows.clone(), Objective::Forward).unwrap().log_probs;
-            let objective = objective(&spec, &rows, Some(reference.clone()));
-            (log_probs, runner.run(parameters.clone(), rows.clone(), objective).unwrap())
+            (log_probs, run_with(runner, &parameters, &rows, &spec, Some(&reference)))
         });
         let flat = |outcome: &[fulgurite_core::training::RowLogProbs]| -> Vec<f32> {
             outcome.iter().flat_map(|row| [row.log_probs.clone(), row.entropies.clone()].concat()).collect()

@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::checkpoint::{self, Checkpoint, CheckpointView, Part, PartView};
 use crate::error::PolicyError;
-use crate::loss::Normalisers;
+use crate::loss::BatchLoss;
 use crate::optimiser::{AdamW, gradient_norm};
 use crate::parallel;
 use crate::parameters::{Parameters, Values};
@@ -20,7 +20,7 @@ use crate::peft;
 use crate::rotary::RotaryTable;
 use crate::scheduler::{Generator, SchedulerLimits};
 use crate::tokenizer::PolicyTokenizer;
-use crate::train::{BatchRunner, Objective, Outcome, check_derivatives, check_loss, check_rows};
+use crate::train::{BatchRunner, Objective, Outcome, check_derivatives, check_rows};
 use crate::weights::ModelWeights;
 
 /// Longest name of a snapshot in bytes.
@@ -250,8 +250,6 @@ impl Trainer {
     ) -> Result<ForwardBackwardReport, PolicyError> {
         let weights = &self.model(model)?.weights;
         check_rows(weights.shape(), &rows)?;
-        check_loss(&spec)?;
-        let normalisers = Normalisers::new(&spec.aggregation, &rows)?;
         let reference = match spec.kl {
             // Adapters have one without asking: their base.
             Some(_) => match self.snapshots.get(&snapshot_key(model, REFERENCE)) {
@@ -260,8 +258,10 @@ impl Trainer {
             },
             None => None,
         };
+        let forward = || Ok(self.runner.run(weights.clone(), rows.clone(), Objective::Forward)?.log_probs);
+        let loss = BatchLoss::new(spec, &rows, forward)?;
         let trained = self.models.get_mut(model).ok_or_else(|| unknown(model))?;
-        Ok(trained.gather(&self.runner, rows, Objective::Loss { spec, normalisers, reference })?.report)
+        Ok(trained.gather(&self.runner, rows, Objective::Loss { loss, reference })?.report)
     }
 
     fn backward(

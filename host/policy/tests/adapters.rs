@@ -50,6 +50,8 @@ fn row(tokens: &TokenData) -> TrainingRow {
         weights: vec![1.0; ids.len()],
         behaviour_log_probs: [vec![0.0; before], tokens.log_probs.clone()].concat(),
         old_log_probs: vec![],
+        calls: vec![],
+        group: None,
         ids,
         stream: Stream::Rl,
         temperature: 1.0,

@@ -129,6 +129,8 @@ fn row(sequence: u32, completion: &Completion) -> TrainingRow {
         weights: mask.iter().map(|on| f32::from(u8::from(*on))).collect(),
         behaviour_log_probs: [vec![0.0; before], tokens.log_probs].concat(),
         old_log_probs: vec![],
+        calls: vec![],
+        group: None,
         ids,
         mask,
         stream: Stream::Rl,

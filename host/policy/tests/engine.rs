@@ -12,7 +12,9 @@ use fulgurite_core::llm::{
     Sampling, SessionInfo,
 };
 use fulgurite_core::seed::Seed;
-use fulgurite_core::training::{Aggregation, KlEstimator, KlTerm, LossSpec, OptimiserStep, Stream, TrainingRow};
+use fulgurite_core::training::{
+    Aggregation, Correction, CorrectionRule, KlEstimator, KlTerm, LossSpec, OptimiserStep, RatioLevel, Stream, TrainingRow,
+};
 use fulgurite_policy::{PolicyConfig, PolicyDevice, PolicyEngine, PolicyError, PolicyTokenizer, TokenizerConfig};
 use futures::future::{maybe_done, try_join_all};
 use futures::poll;
@@ -71,6 +73,8 @@ fn row(sequence: u32, completion: &Completion, weight: f32) -> TrainingRow {
         weights: mask.iter().map(|on| if *on { weight } else { 0.0 }).collect(),
         behaviour_log_probs: [vec![0.0; before], tokens.log_probs].concat(),
         old_log_probs: vec![],
+        calls: vec![],
+        group: None,
         ids,
         mask,
         stream: Stream::Rl,
@@ -385,6 +389,8 @@ fn demonstrations(engine: &PolicyEngine) -> Vec<TrainingRow> {
                 mask: encoded.mask,
                 behaviour_log_probs: vec![0.0; len],
                 old_log_probs: vec![],
+                calls: vec![],
+                group: None,
                 stream: Stream::Ce,
                 temperature: 1.0,
                 policy_version: PolicyVersion(0),
@@ -466,7 +472,11 @@ fn regularised() -> LossSpec {
         aggregation: Aggregation::SequenceMeanTokenMean,
         kl: Some(KlTerm { estimator: KlEstimator::K3, coefficient: 0.1 }),
         entropy_coefficient: 0.01,
-        importance_cap: Some(2.0),
+        correction: Some(Correction {
+            level: RatioLevel::SequenceMean,
+            rule: CorrectionRule::Truncate { max: 2.0 },
+            batch_normalise: false,
+        }),
         ..LossSpec::default()
     }
 }

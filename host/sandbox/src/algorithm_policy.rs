@@ -6,8 +6,8 @@ use std::sync::Arc;
 use fulgurite_core::algorithm::{BatchEntry, ModelReference, Scope, TransitionForward, TransitionGradient, Weights};
 use fulgurite_core::id::TransitionId;
 use fulgurite_core::training::{
-    Aggregation, ForwardBackwardReport, KlEstimator, KlTerm, LossSpec, OptimiserReport, OptimiserStep, PolicyLoss,
-    Stream,
+    Aggregation, Correction, CorrectionRule, ForwardBackwardReport, KlEstimator, KlTerm, LossSpec, OptimiserReport,
+    OptimiserStep, PolicyLoss, RatioLevel, SequenceScope, Stream,
 };
 use wasmtime::component::Resource;
 
@@ -47,6 +47,25 @@ fn entry_from_wit(entry: policy::Entry) -> BatchEntry {
     }
 }
 
+const fn level_from_wit(level: policy::RatioLevel) -> RatioLevel {
+    match level {
+        policy::RatioLevel::Token => RatioLevel::Token,
+        policy::RatioLevel::SequenceMean => RatioLevel::SequenceMean,
+        policy::RatioLevel::SequenceSum => RatioLevel::SequenceSum,
+    }
+}
+
+const fn aggregation_from_wit(aggregation: policy::Aggregation) -> Aggregation {
+    match aggregation {
+        policy::Aggregation::TokenMean => Aggregation::TokenMean,
+        policy::Aggregation::SequenceMeanTokenMean => Aggregation::SequenceMeanTokenMean,
+        policy::Aggregation::SequenceMeanTokenSum => Aggregation::SequenceMeanTokenSum,
+        policy::Aggregation::Constant(length) => Aggregation::Constant { length },
+        policy::Aggregation::SumConstant(length) => Aggregation::SumConstant { length },
+        policy::Aggregation::PromptMean => Aggregation::PromptMean,
+    }
+}
+
 fn training_numbers(report: &ForwardBackwardReport) -> policy::Numbers {
     let numbers = [
         ("loss", report.loss),
@@ -62,6 +81,11 @@ fn training_numbers(report: &ForwardBackwardReport) -> policy::Numbers {
         ("mismatch-max", report.mismatch_max),
         ("effective-sample-size", report.effective_sample_size),
         ("cross-entropy", report.cross_entropy),
+        ("correction-mean", report.correction_mean),
+        ("correction-max", report.correction_max),
+        ("masked-share", report.masked_share),
+        ("advantage-mean", report.advantage_mean),
+        ("advantage-deviation", report.advantage_deviation),
     ];
     numbers.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
 }
@@ -96,13 +120,46 @@ impl policy::HostLoss for AlgorithmState {
         Ok(())
     }
 
-    fn set_aggregation(&mut self, loss: Resource<LossDraft>, aggregation: policy::Aggregation) -> wasmtime::Result<()> {
-        self.table.get_mut(&loss)?.0.aggregation = match aggregation {
-            policy::Aggregation::TokenMean => Aggregation::TokenMean,
-            policy::Aggregation::SequenceMeanTokenMean => Aggregation::SequenceMeanTokenMean,
-            policy::Aggregation::SequenceMeanTokenSum => Aggregation::SequenceMeanTokenSum,
-            policy::Aggregation::Constant(length) => Aggregation::Constant { length },
+    fn set_importance_sampling(&mut self, loss: Resource<LossDraft>) -> wasmtime::Result<()> {
+        self.table.get_mut(&loss)?.0.policy_loss = PolicyLoss::ImportanceSampling;
+        Ok(())
+    }
+
+    fn set_cispo(&mut self, loss: Resource<LossDraft>, clip_low: Option<f32>, clip_high: f32) -> wasmtime::Result<()> {
+        self.table.get_mut(&loss)?.0.policy_loss = PolicyLoss::Cispo { clip_low, clip_high };
+        Ok(())
+    }
+
+    fn set_sapo(
+        &mut self,
+        loss: Resource<LossDraft>,
+        temperature_positive: f32,
+        temperature_negative: f32,
+    ) -> wasmtime::Result<()> {
+        self.table.get_mut(&loss)?.0.policy_loss = PolicyLoss::Sapo { temperature_positive, temperature_negative };
+        Ok(())
+    }
+
+    fn set_ratio_max(&mut self, loss: Resource<LossDraft>, delta: f32) -> wasmtime::Result<()> {
+        self.table.get_mut(&loss)?.0.ratio_max = Some(delta);
+        Ok(())
+    }
+
+    fn set_ratio_level(&mut self, loss: Resource<LossDraft>, level: policy::RatioLevel) -> wasmtime::Result<()> {
+        self.table.get_mut(&loss)?.0.ratio_level = level_from_wit(level);
+        Ok(())
+    }
+
+    fn set_sequence_scope(&mut self, loss: Resource<LossDraft>, scope: policy::SequenceScope) -> wasmtime::Result<()> {
+        self.table.get_mut(&loss)?.0.sequence_scope = match scope {
+            policy::SequenceScope::Rollout => SequenceScope::Rollout,
+            policy::SequenceScope::Call => SequenceScope::Call,
         };
+        Ok(())
+    }
+
+    fn set_aggregation(&mut self, loss: Resource<LossDraft>, aggregation: policy::Aggregation) -> wasmtime::Result<()> {
+        self.table.get_mut(&loss)?.0.aggregation = aggregation_from_wit(aggregation);
         Ok(())
     }
 
@@ -127,8 +184,20 @@ impl policy::HostLoss for AlgorithmState {
         Ok(())
     }
 
-    fn set_importance_cap(&mut self, loss: Resource<LossDraft>, cap: f32) -> wasmtime::Result<()> {
-        self.table.get_mut(&loss)?.0.importance_cap = Some(cap);
+    fn set_correction(&mut self, loss: Resource<LossDraft>, correction: policy::Correction) -> wasmtime::Result<()> {
+        self.table.get_mut(&loss)?.0.correction = Some(Correction {
+            level: level_from_wit(correction.level),
+            rule: match correction.rule {
+                policy::CorrectionRule::Truncate(max) => CorrectionRule::Truncate { max },
+                policy::CorrectionRule::Mask((min, max)) => CorrectionRule::Mask { min, max },
+            },
+            batch_normalise: correction.batch_normalise,
+        });
+        Ok(())
+    }
+
+    fn set_off_policy_mask(&mut self, loss: Resource<LossDraft>, delta: f32) -> wasmtime::Result<()> {
+        self.table.get_mut(&loss)?.0.off_policy_mask = Some(delta);
         Ok(())
     }
 
@@ -161,6 +230,11 @@ impl policy::HostOptimiserStep for AlgorithmState {
 }
 
 impl policy::Host for AlgorithmState {
+    async fn anchor(&mut self, model: common::Model, ids: Vec<String>) -> Answer<()> {
+        let (model, ids) = (model_from_wit(model), ids.into_iter().map(TransitionId).collect());
+        Ok(self.verb(|host| async move { host.anchor(model, ids).await }).await)
+    }
+
     async fn forward_backward(
         &mut self,
         model: common::Model,

@@ -89,6 +89,7 @@ pub(crate) mod algorithm {
             "fulgurite:algorithm/rollouts.[method]batch.cancel": async | trappable,
             "fulgurite:algorithm/rollouts.carried": async | trappable,
             "fulgurite:algorithm/trajectories.import": async | trappable,
+            "fulgurite:algorithm/policy.anchor": async | trappable,
             "fulgurite:algorithm/policy.forward-backward": async | trappable,
             "fulgurite:algorithm/policy.forward": async | trappable,
             "fulgurite:algorithm/policy.backward": async | trappable,

@@ -17,7 +17,10 @@ use fulgurite_core::llm::{Message, Sampling};
 use fulgurite_core::outcome::OutcomeKind;
 use fulgurite_core::record::RolloutMode;
 use fulgurite_core::reward::{Reward, RewardSource};
-use fulgurite_core::training::{ForwardBackwardReport, LossSpec, OptimiserReport, OptimiserStep, Stream};
+use fulgurite_core::training::{
+    Aggregation, Correction, CorrectionRule, ForwardBackwardReport, KlEstimator, KlTerm, LossSpec, OptimiserReport,
+    OptimiserStep, PolicyLoss, RatioLevel, SequenceScope, Stream,
+};
 use fulgurite_sandbox::{AlgorithmFault, AlgorithmInstance, AlgorithmPlugin, STATE_BYTES_MAX};
 use serde_json::json;
 use support::{guest, limit, sandbox};
@@ -28,6 +31,7 @@ struct Host {
     asked: Mutex<Vec<String>>,
     notes: Mutex<Vec<String>>,
     batch: Mutex<Vec<BatchEntry>>,
+    losses: Mutex<Vec<LossSpec>>,
     groups: Mutex<Vec<GroupSpec>>,
     /// Keeps the processor busy for so long in `next_items`.
     busy: Duration,
@@ -124,13 +128,17 @@ impl AlgorithmHost for Host {
         self.ask(format!("import {} {roles:?} {metadata}", messages[0].content), transition("imported"))
     }
 
+    fn anchor(&self, model: ModelReference, transitions: Vec<TransitionId>) -> Verb<'_, ()> {
+        self.ask(format!("anchor {model:?} {}", transitions[0]), ())
+    }
+
     fn forward_backward(
         &self,
         model: ModelReference,
         batch: Vec<BatchEntry>,
         loss: LossSpec,
     ) -> Verb<'_, ForwardBackwardReport> {
-        assert_eq!(loss, LossSpec::default());
+        self.losses.lock().unwrap().push(loss);
         *self.batch.lock().unwrap() = batch;
         let report = ForwardBackwardReport { loss: 0.125, ..ForwardBackwardReport::default() };
         self.ask(format!("forward-backward {model:?}"), report)
@@ -212,8 +220,11 @@ async fn every_verb_reaches_the_host() {
             "await 7 All None",
             "cancel 9",
             "import imported [\"user\"] {\"origin\":\"test\"}",
+            "anchor Policy imported",
             "forward-backward Policy",
             "scalar loss 0.125",
+            "forward-backward Policy",
+            "forward-backward Policy",
             "forward imported",
             "backward 0",
             "optimiser-step 0.5 Some(1.0)",
@@ -238,6 +249,33 @@ async fn every_verb_reaches_the_host() {
     assert_eq!(batch.len(), 3);
     assert_eq!((&batch[0].transition.0[..], batch[0].stream, batch[0].scope), ("first/0", Stream::Rl, Scope::Sampled));
     assert_eq!(batch[2].weights, Weights::PerToken(vec![0.5, 0.25]));
+    let losses = host.losses.lock().unwrap().clone();
+    let correction = |level, rule, batch_normalise| Some(Correction { level, rule, batch_normalise });
+    assert_eq!(
+        losses,
+        [
+            LossSpec::default(),
+            LossSpec {
+                policy_loss: PolicyLoss::Cispo { clip_low: None, clip_high: 4.0 },
+                aggregation: Aggregation::PromptMean,
+                kl: Some(KlTerm { estimator: KlEstimator::K2, coefficient: 0.5 }),
+                entropy_coefficient: 0.125,
+                ratio_level: RatioLevel::SequenceMean,
+                sequence_scope: SequenceScope::Call,
+                ratio_max: None,
+                correction: correction(RatioLevel::SequenceSum, CorrectionRule::Mask { min: 0.5, max: 5.0 }, true),
+                off_policy_mask: Some(0.25),
+            },
+            LossSpec {
+                policy_loss: PolicyLoss::ImportanceSampling,
+                aggregation: Aggregation::SumConstant { length: 7 },
+                ratio_level: RatioLevel::SequenceSum,
+                ratio_max: Some(4.0),
+                correction: correction(RatioLevel::Token, CorrectionRule::Truncate { max: 2.0 }, false),
+                ..LossSpec::default()
+            },
+        ]
+    );
 }
 
 #[tokio::test]

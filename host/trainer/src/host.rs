@@ -8,10 +8,10 @@ mod rollouts;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use fulgurite_adapter::{Sequence, Transition};
+use fulgurite_adapter::{Pool, Transition};
 use fulgurite_core::algorithm::{
-    AlgorithmHost, AlgorithmHostError, BatchEntry, GroupSpec, Item, ModelReference, Scope, TrajectoryView,
-    TransitionForward, TransitionGradient, TransitionView, Verb, WaitFor, Weights,
+    AlgorithmHost, AlgorithmHostError, BatchEntry, GroupSpec, Item, ModelReference, TrajectoryView, TransitionForward,
+    TransitionGradient, TransitionView, Verb, WaitFor,
 };
 use fulgurite_core::dataset::Split;
 use fulgurite_core::id::TransitionId;
@@ -98,8 +98,8 @@ pub(crate) struct StageState {
     imported: u64,
     /// Batches opened by the stage so far.
     batches: u64,
-    /// Transitions that the step may train on. A step is a transaction: the next one starts empty.
-    transitions: BTreeMap<TransitionId, Held>,
+    /// Transitions that the step may train on, with its anchors. A step is a transaction: the next one starts empty.
+    transitions: Pool,
     /// Transitions of the step that were made to choose or to estimate.
     estimates: BTreeSet<TransitionId>,
     /// Whether what the step does depends on which rollouts end first.
@@ -125,14 +125,6 @@ enum Trained {
     Policy(PolicyEngine),
     /// The engine's critic.
     Critic,
-}
-
-/// A transition and the sequence that it belongs to.
-#[derive(Debug, Clone)]
-struct Held {
-    transition: Arc<Transition>,
-    /// Rollout id, or the transition's own id for a demonstration.
-    sequence: String,
 }
 
 impl StageHost {
@@ -241,47 +233,24 @@ impl StageHost {
         }
     }
 
-    /// Joins the entries of a batch by sequence and makes training rows of them.
-    fn rows(&self, batch: &[BatchEntry]) -> Result<Vec<TrainingRow>, AlgorithmHostError> {
+    /// Makes training rows of a batch for a loss of this model.
+    fn rows(&self, model: &ModelReference, batch: &[BatchEntry]) -> Result<Vec<TrainingRow>, AlgorithmHostError> {
         let state = self.state();
-        let mut sequences: BTreeMap<&str, Vec<(Arc<Transition>, BatchEntry)>> = BTreeMap::new();
-        for entry in batch {
-            if state.estimates.contains(&entry.transition) {
-                let problem = format!("transition `{}` is of a rollout that is never trained on", entry.transition);
-                return Err(AlgorithmHostError::InvalidArgument(problem));
-            }
-            let held = state.transitions.get(&entry.transition).ok_or_else(|| AlgorithmHostError::Unknown {
-                kind: "transition of this step",
-                id: entry.transition.to_string(),
-            })?;
-            if let Some(reason) = &held.transition.not_trainable {
-                let problem = format!("transition `{}` cannot be trained on: {reason:?}", entry.transition);
-                return Err(AlgorithmHostError::InvalidArgument(problem));
-            }
-            sequences.entry(&held.sequence).or_default().push((Arc::clone(&held.transition), entry.clone()));
+        if let Some(entry) = batch.iter().find(|entry| state.estimates.contains(&entry.transition)) {
+            let problem = format!("transition `{}` is of a rollout that is never trained on", entry.transition);
+            return Err(AlgorithmHostError::InvalidArgument(problem));
         }
-        let sequences: Vec<Sequence> = sequences.into_values().map(|entries| Sequence { entries }).collect();
-        fulgurite_adapter::rows(&sequences, self.engine.context_tokens_max())
-            .map_err(|error| AlgorithmHostError::InvalidArgument(error.to_string()))
+        state.transitions.rows(model, batch, self.engine.context_tokens_max())
     }
 
     /// One row per transition, whole, with unit weights: for verbs that speak of transitions, not of losses.
     fn row_of(&self, id: &TransitionId) -> Result<(TrainingRow, usize), AlgorithmHostError> {
-        // A demonstration has no log-probs of a sampler; these verbs need none.
-        let is_demonstration =
-            |held: &Held| held.transition.tokens.as_ref().is_some_and(|tokens| tokens.log_probs.is_empty());
-        let is_demonstration = self.state().transitions.get(id).is_some_and(is_demonstration);
-        let entry = BatchEntry {
-            transition: id.clone(),
-            stream: if is_demonstration { Stream::Ce } else { Stream::Rl },
-            scope: Scope::Sampled,
-            weights: Weights::Scalar(1.0),
-            group: None,
-        };
-        let mut rows = self.rows(std::slice::from_ref(&entry))?;
-        let row = rows.pop().ok_or_else(|| AlgorithmHostError::Failed("a transition gave no row".to_owned()))?;
-        let sampled = row.mask.iter().filter(|sampled| **sampled).count();
-        Ok((row, sampled))
+        let state = self.state();
+        if state.estimates.contains(id) {
+            let problem = format!("transition `{id}` is of a rollout that is never trained on");
+            return Err(AlgorithmHostError::InvalidArgument(problem));
+        }
+        state.transitions.row_of(id, self.engine.context_tokens_max())
     }
 }
 
@@ -315,6 +284,11 @@ fn engine_error(error: PolicyError) -> AlgorithmHostError {
         | PolicyError::NoGradient => AlgorithmHostError::InvalidArgument(text),
         _ => AlgorithmHostError::Failed(text),
     }
+}
+
+/// The values at the places that a mask marks.
+fn sampled(values: &[f32], mask: &[bool]) -> Vec<f32> {
+    values.iter().zip(mask).filter(|(_, sampled)| **sampled).map(|(value, _)| *value).collect()
 }
 
 /// One number per sampled token as one per id. An empty list stays one.
@@ -385,11 +359,27 @@ impl AlgorithmHost for StageHost {
             );
             let transition = Arc::new(transition);
             let view = transition_view(&transition);
-            state.transitions.insert(id.clone(), Held { transition, sequence: id.0 });
+            state.transitions.insert(transition, id.0);
             Ok(view)
         };
         let imported = import();
         Box::pin(std::future::ready(imported))
+    }
+
+    fn anchor(&self, model: ModelReference, transitions: Vec<TransitionId>) -> Verb<'_, ()> {
+        Box::pin(async move {
+            self.check_stop()?;
+            let engine = self.language_model(&model, "anchor")?;
+            let rows: Vec<_> = transitions.iter().map(|id| self.row_of(id)).collect::<Result<_, _>>()?;
+            let (rows, _): (Vec<_>, Vec<usize>) = rows.into_iter().unzip();
+            let masks: Vec<Vec<bool>> = rows.iter().map(|row| row.mask.clone()).collect();
+            let results = engine.forward(rows, None).await.map_err(engine_error)?;
+            let mut state = self.state();
+            for ((id, result), mask) in transitions.iter().zip(results).zip(masks) {
+                state.transitions.anchor(&model, id, sampled(&result.log_probs, &mask))?;
+            }
+            Ok(())
+        })
     }
 
     fn forward_backward(
@@ -401,7 +391,7 @@ impl AlgorithmHost for StageHost {
         Box::pin(async move {
             self.check_stop()?;
             let engine = self.language_model(&model, "forward-backward")?;
-            let rows = self.rows(&batch)?;
+            let rows = self.rows(&model, &batch)?;
             let drawn = rows.iter().any(|row| row.stream == Stream::Rl);
             let report = engine.forward_backward(rows, loss).await.map_err(engine_error)?;
             let mut state = self.state();
@@ -424,9 +414,6 @@ impl AlgorithmHost for StageHost {
             let rows: Vec<_> = transitions.iter().map(|id| self.row_of(id)).collect::<Result<_, _>>()?;
             let (rows, _): (Vec<_>, Vec<usize>) = rows.into_iter().unzip();
             let masks: Vec<Vec<bool>> = rows.iter().map(|row| row.mask.clone()).collect();
-            let sampled = |values: &[f32], mask: &[bool]| -> Vec<f32> {
-                values.iter().zip(mask).filter(|(_, sampled)| **sampled).map(|(value, _)| *value).collect()
-            };
             let Trained::Policy(engine) = engine else {
                 let results = self.engine.values(rows).await.map_err(engine_error)?;
                 let all = transitions.into_iter().zip(results).zip(masks);

@@ -15,7 +15,7 @@ use fulgurite_runner::{Job, RolloutResult};
 use futures::FutureExt;
 
 use super::batch::{Carried, OpenBatch};
-use super::{Held, StageHost, runner_error, transition_view};
+use super::{StageHost, runner_error, transition_view};
 use crate::config::AlgorithmGrant;
 
 /// Rollouts that one step may enqueue. 65,536: a bound against a plugin in a loop, far above any real batch.
@@ -161,8 +161,7 @@ impl StageHost {
                 if result.spec.mode != RolloutMode::Train {
                     state.estimates.insert(transition.id.clone());
                 } else if graded {
-                    let held = Held { transition: Arc::clone(&transition), sequence: sequence.clone() };
-                    state.transitions.insert(transition.id.clone(), held);
+                    state.transitions.insert(transition, sequence.clone());
                 }
             }
             views.push(TrajectoryView {
@@ -277,8 +276,8 @@ impl StageHost {
             return Err(AlgorithmHostError::InvalidArgument(problem));
         }
         // They belong to the step that is given them as a group.
-        let is_carried = |held: &Held| RolloutId::new(held.sequence.as_str()).is_ok_and(|id| rollouts.contains(&id));
-        self.state().transitions.retain(|_, held| !is_carried(held));
+        let is_carried = |sequence: &str| RolloutId::new(sequence).is_ok_and(|id| rollouts.contains(&id));
+        self.state().transitions.retain_sequences(|sequence| !is_carried(sequence));
         Ok(())
     }
 

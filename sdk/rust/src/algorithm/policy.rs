@@ -1,9 +1,13 @@
 //! Training verbs.
 
+mod loss;
+
 use super::trajectories::{Message, Transition, TransitionId};
 use super::{HostError, Sampling};
 use crate::wit::algorithm::fulgurite::algorithm::common as wit_common;
 use crate::wit::algorithm::fulgurite::algorithm::policy as wit;
+
+pub use loss::{Aggregation, Correction, CorrectionRule, KlEstimator, Loss, RatioLevel, SequenceScope};
 
 /// A model that verbs name.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
@@ -87,11 +91,17 @@ impl Entry {
         self
     }
 
-    /// Joins entries for losses over several of them.
+    /// Joins entries for losses over several of them, and for [`Aggregation::PromptMean`].
     #[must_use]
     pub const fn group(mut self, group: u64) -> Self {
         self.group = Some(group);
         self
+    }
+
+    /// Which transition.
+    #[must_use]
+    pub const fn transition(&self) -> &TransitionId {
+        &self.transition
     }
 
     fn lower(&self) -> wit::Entry {
@@ -115,130 +125,6 @@ impl Entry {
     }
 }
 
-/// How token losses become one number. Normalisers are taken over the whole batch.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Aggregation {
-    /// Sum over all tokens, divided by their number.
-    #[default]
-    TokenMean,
-    /// Mean over rollouts of the mean over their tokens.
-    SequenceMeanTokenMean,
-    /// Mean over rollouts of the sum over their tokens.
-    SequenceMeanTokenSum,
-    /// Sum over all tokens, divided by the number of rollouts times this length (tokens).
-    Constant(u32),
-}
-
-/// Estimator of the KL divergence to the reference.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum KlEstimator {
-    /// `log π − log π_ref`: right in a reward, not in a loss.
-    K1,
-    /// Half the square of k1.
-    K2,
-    /// `e^x − x − 1` with `x = log π_ref − log π`.
-    K3,
-    /// k3 times the ratio, with gradient.
-    UnbiasedK3,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum PolicyLoss {
-    Reinforce,
-    Ppo { clip_low: f32, clip_high: f32, dual_clip: Option<f32> },
-}
-
-/// A loss. What is not set is the host's default: PPO clip 0.2 / 0.28, token mean, no KL, no entropy term, no importance
-/// correction.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct Loss {
-    objective: Option<PolicyLoss>,
-    aggregation: Option<Aggregation>,
-    kl: Option<(KlEstimator, f32)>,
-    entropy_coefficient: Option<f32>,
-    importance_cap: Option<f32>,
-}
-
-impl Loss {
-    /// The host's default.
-    #[must_use]
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// `-A log π`, without ratio.
-    #[must_use]
-    pub const fn reinforce(mut self) -> Self {
-        self.objective = Some(PolicyLoss::Reinforce);
-        self
-    }
-
-    /// PPO's clipped surrogate: the ratio is kept in `[1 − clip_low, 1 + clip_high]`; `dual_clip` > 1 bounds the loss on
-    /// negative advantages.
-    #[must_use]
-    pub const fn ppo(mut self, clip_low: f32, clip_high: f32, dual_clip: Option<f32>) -> Self {
-        self.objective = Some(PolicyLoss::Ppo { clip_low, clip_high, dual_clip });
-        self
-    }
-
-    /// How token losses are added up.
-    #[must_use]
-    pub const fn aggregation(mut self, aggregation: Aggregation) -> Self {
-        self.aggregation = Some(aggregation);
-        self
-    }
-
-    /// Adds `coefficient` times the KL to the reference: see [`freeze_reference`].
-    #[must_use]
-    pub const fn kl(mut self, estimator: KlEstimator, coefficient: f32) -> Self {
-        self.kl = Some((estimator, coefficient));
-        self
-    }
-
-    /// Subtracts `coefficient` times the mean entropy (nats).
-    #[must_use]
-    pub const fn entropy_coefficient(mut self, coefficient: f32) -> Self {
-        self.entropy_coefficient = Some(coefficient);
-        self
-    }
-
-    /// Truncated importance sampling between trainer and sampler, per token, with this cap.
-    #[must_use]
-    pub const fn importance_cap(mut self, cap: f32) -> Self {
-        self.importance_cap = Some(cap);
-        self
-    }
-
-    fn lower(&self) -> wit::Loss {
-        let loss = wit::Loss::new();
-        match self.objective {
-            Some(PolicyLoss::Reinforce) => loss.set_reinforce(),
-            Some(PolicyLoss::Ppo { clip_low, clip_high, dual_clip }) => loss.set_ppo(clip_low, clip_high, dual_clip),
-            None => {}
-        }
-        if let Some(aggregation) = self.aggregation {
-            loss.set_aggregation(match aggregation {
-                Aggregation::TokenMean => wit::Aggregation::TokenMean,
-                Aggregation::SequenceMeanTokenMean => wit::Aggregation::SequenceMeanTokenMean,
-                Aggregation::SequenceMeanTokenSum => wit::Aggregation::SequenceMeanTokenSum,
-                Aggregation::Constant(length) => wit::Aggregation::Constant(length),
-            });
-        }
-        if let Some((estimator, coefficient)) = self.kl {
-            let estimator = match estimator {
-                KlEstimator::K1 => wit::KlEstimator::K1,
-                KlEstimator::K2 => wit::KlEstimator::K2,
-                KlEstimator::K3 => wit::KlEstimator::K3,
-                KlEstimator::UnbiasedK3 => wit::KlEstimator::UnbiasedK3,
-            };
-            loss.set_kl(estimator, coefficient);
-        }
-        self.entropy_coefficient.into_iter().for_each(|value| loss.set_entropy_coefficient(value));
-        self.importance_cap.into_iter().for_each(|cap| loss.set_importance_cap(cap));
-        loss
-    }
-}
-
 /// What a verb found, by name: a later host may tell more.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Numbers(Vec<(String, f64)>);
@@ -256,10 +142,21 @@ impl Numbers {
     }
 }
 
+/// Keeps the log-probs of these transitions under the weights as they are as their π_old, for the rest of the step. Without
+/// it π_old is μ, which is exact while they were drawn by the weights that the step started with.
+///
+/// # Errors
+/// When a transition is unknown.
+pub fn anchor(model: &Model, transitions: &[TransitionId]) -> Result<(), HostError> {
+    let ids: Vec<String> = transitions.iter().map(|id| id.0.clone()).collect();
+    Ok(wit::anchor(&model.lower(), &ids)?)
+}
+
 /// Adds the gradient of one whole optimiser batch. The host splits it as it must; normalisers are global.
 ///
 /// Numbers: `loss`, `trained-tokens`, `total-tokens`, `entropy`, `clip-fraction`, `approximate-kl`, `reference-kl`,
-/// `ratio-mean`, `ratio-max`, `mismatch-mean`, `mismatch-max`, `cross-entropy`.
+/// `ratio-mean`, `ratio-max`, `mismatch-mean`, `mismatch-max`, `effective-sample-size`, `cross-entropy`, `correction-mean`,
+/// `correction-max`, `masked-share`, `advantage-mean`, `advantage-deviation`.
 ///
 /// # Errors
 /// When a transition is unknown or cannot be trained on, or the loss is wrong.

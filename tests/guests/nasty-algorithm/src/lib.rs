@@ -8,7 +8,10 @@ use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::hint::black_box;
 
-use fulgurite_sdk::algorithm::policy::{self, Entry, Loss, Model, OptimiserStep, Stream};
+use fulgurite_sdk::algorithm::policy::{
+    self, Aggregation, Correction, CorrectionRule, Entry, KlEstimator, Loss, Model, OptimiserStep, RatioLevel,
+    SequenceScope, Stream,
+};
 use fulgurite_sdk::algorithm::rollouts::{self, Group, Split};
 use fulgurite_sdk::algorithm::trajectories::{self, Message};
 use fulgurite_sdk::algorithm::{Algorithm, AlgorithmError, HostError, Progress, Sampling, metrics, models, templates};
@@ -82,6 +85,27 @@ impl Algorithm for Nasty {
     }
 }
 
+/// Every setting of a loss that is not the default, in two losses.
+fn losses() -> [Loss; 2] {
+    let correction = |level, rule, batch_normalise| Correction { level, rule, batch_normalise };
+    let all = Loss::new()
+        .cispo(None, 4.0)
+        .aggregation(Aggregation::PromptMean)
+        .kl(KlEstimator::K2, 0.5)
+        .entropy_coefficient(0.125)
+        .ratio_level(RatioLevel::SequenceMean)
+        .sequence_scope(SequenceScope::Call)
+        .correction(correction(RatioLevel::SequenceSum, CorrectionRule::Mask(0.5, 5.0), true))
+        .off_policy_mask(0.25);
+    let bounded = Loss::new()
+        .importance_sampling()
+        .aggregation(Aggregation::SumConstant(7))
+        .ratio_level(RatioLevel::SequenceSum)
+        .ratio_max(4.0)
+        .correction(correction(RatioLevel::Token, CorrectionRule::Truncate(2.0), false));
+    [all, bounded]
+}
+
 /// Every verb once, in the order of the interfaces.
 fn verbs() -> Result<(), AlgorithmError> {
     let items = rollouts::next_items(Split::Train, 2)?;
@@ -113,8 +137,12 @@ fn verbs() -> Result<(), AlgorithmError> {
     let message = Message::text(Role::User, "imported");
     let imported = trajectories::import(std::slice::from_ref(&message), &[Role::User], &json!({"origin": "test"}))?;
     entries.push(Entry::new(imported.id(), Stream::Ce, 1.0).weights(vec![0.5, 0.25]));
+    policy::anchor(&Model::Policy, &[imported.id()])?;
     let numbers = policy::forward_backward(&Model::Policy, &entries, &Loss::new())?;
     metrics::scalar("loss", numbers.get("loss").unwrap_or(f64::NAN))?;
+    for loss in losses() {
+        policy::forward_backward(&Model::Policy, &entries, &loss)?;
+    }
     policy::forward(&Model::Policy, &[imported.id()])?;
     policy::backward(&Model::Policy, &[])?;
     let step = policy::optimiser_step(&Model::Policy, &OptimiserStep::new(0.5))?;
