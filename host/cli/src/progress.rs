@@ -78,8 +78,9 @@ impl ProgressSink for TerminalProgress {
                     eprintln!("{stage} step {step}: {shown}  ({seconds:.2} s)");
                 }
             }
-            ProgressEvent::StageEnded { name, steps, seconds } => {
-                self.line(&format!("{name}: {steps} steps in {seconds:.1} s"));
+            ProgressEvent::StageEnded { name, steps, seconds, plugin_share } => {
+                let share = 100.0 * plugin_share;
+                self.line(&format!("{name}: {steps} steps in {seconds:.1} s, {share:.2} % of it in the plugin's own code"));
             }
             ProgressEvent::EvaluationStarted { label, kind, rollouts } => {
                 if self.terminal {

@@ -35,6 +35,8 @@ pub enum ProgressEvent {
         steps: u64,
         /// Its seconds of training.
         seconds: f64,
+        /// Share of the time of its steps in this process that the plugin computed itself.
+        plugin_share: f64,
     },
     /// A held-out evaluation starts.
     EvaluationStarted {

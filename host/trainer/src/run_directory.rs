@@ -10,7 +10,7 @@
 //!   checkpoints/N/     state after unit and step N; the newest whole one counts
 //!   policies/NAME/     weights at the end of each stage
 //!   metrics.jsonl      one line per step, no wall-clock value in it: byte-identical for one config and seed
-//!   timings.jsonl      wall-clock seconds of the same steps
+//!   timings.jsonl      wall-clock seconds of the same steps, and those in which the plugin computed
 //!   tensorboard/       event files
 //!   reward.svg         reward per update
 //!   result.json        the final table

@@ -224,11 +224,12 @@ impl Training {
             step: self.state.step,
             steps,
         });
-        let algorithm = self.steps(stage, &plugin, &host, plugin_state).await?;
+        let (algorithm, plugin_share) = self.steps(stage, &plugin, &host, plugin_state).await?;
         self.progress.event(ProgressEvent::StageEnded {
             name: stage.name.clone(),
             steps: self.state.step,
             seconds: self.state.totals.seconds,
+            plugin_share,
         });
         self.save_policy(&stage.name).await?;
         self.plot()?;
@@ -236,14 +237,15 @@ impl Training {
         self.evaluated(kind, &stage.name, algorithm, steps).await
     }
 
-    /// Calls `step` until the plugin is done or a token budget is used up. Returns the plugin's name.
+    /// Calls `step` until the plugin is done or a token budget is used up. Returns the plugin's name, and how much of the
+    /// steps' time was its own.
     async fn steps(
         &mut self,
         stage: &StageConfig,
         plugin: &AlgorithmPlugin,
         host: &Arc<StageHost>,
         plugin_state: Option<Vec<u8>>,
-    ) -> Result<String, TrainError> {
+    ) -> Result<(String, f64), TrainError> {
         let failed = |step: u64| {
             let stage = stage.name.clone();
             move |source| TrainError::Algorithm { stage, step, source }
@@ -259,11 +261,12 @@ impl Training {
             self.state.reports.iter().find(|report| report.kind == "stage" && report.name == *name).map(|r| r.tokens)
         });
         self.state.totals.seconds += started.elapsed().as_secs_f64();
+        let (mut steps_seconds, mut plugin_seconds) = (0.0, 0.0);
         loop {
             if budget.is_some_and(|tokens| self.state.totals.tokens >= tokens) {
                 break;
             }
-            let started = Instant::now();
+            let (started, used_before_us) = (Instant::now(), instance.guest_cpu_us());
             let result = instance.step().await;
             if *self.stop.borrow() {
                 // Whatever the plugin made of it: the step is not committed, and will be repeated.
@@ -288,7 +291,10 @@ impl Training {
             scalars.insert("rollouts_total".to_owned(), self.state.totals.rollouts as f64);
             let row = MetricRow { stage: stage.name.clone(), step, scalars, notes };
             let seconds = started.elapsed().as_secs_f64();
-            let timings = BTreeMap::from([("step", seconds)]);
+            let plugin = instance.guest_cpu_us().saturating_sub(used_before_us) as f64 / 1e6;
+            let timings = BTreeMap::from([("step", seconds), ("plugin", plugin)]);
+            steps_seconds += seconds;
+            plugin_seconds += plugin;
             self.writer.write(&row, &timings).map_err(TrainError::io(self.setup.run.metrics()))?;
             self.state.step += 1;
             self.progress.event(ProgressEvent::StepEnded {
@@ -309,7 +315,7 @@ impl Training {
                 break;
             }
         }
-        Ok(described.name)
+        Ok((described.name, if steps_seconds > 0.0 { plugin_seconds / steps_seconds } else { 0.0 }))
     }
 
     /// Commits where the run stands.

@@ -3,6 +3,7 @@
 
 mod critic;
 mod forks;
+mod numbers;
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
@@ -22,8 +23,10 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// `verbs`, `forks`, `critic`, `loop`, `trap`, `wait`, `draw`, `huge-state` or nothing.
+    /// `verbs`, `forks`, `critic`, `loop`, `trap`, `wait`, `draw`, `huge-state`, one of [`numbers`] or nothing.
     pub behaviour: String,
+    /// The first step with that behaviour. Earlier ones train on a demonstration.
+    pub from_step: u64,
     /// After how many steps it is done.
     pub steps: u64,
 }
@@ -59,6 +62,7 @@ impl Algorithm for Nasty {
 
     fn step(&mut self) -> Result<Progress, AlgorithmError> {
         match self.config.behaviour.as_str() {
+            _ if self.state.steps < self.config.from_step => numbers::train()?,
             "verbs" => verbs()?,
             "forks" => forks::step()?,
             "critic" => critic::step()?,
@@ -74,7 +78,7 @@ impl Algorithm for Nasty {
                 metrics::note(&format!("drew {drawn}"))?;
             }
             "huge-state" => self.state.ballast = "x".repeat(17 << 20),
-            _ => {}
+            other => numbers::misbehave(other)?,
         }
         self.state.steps += 1;
         Ok(if self.state.steps >= self.config.steps { Progress::Done } else { Progress::Continue })
