@@ -20,7 +20,7 @@ use case::{Case, Expected, LossVector, Variation};
 use fulgurite_core::algorithm::{AlgorithmHost, StepResult};
 use fulgurite_core::limits::Limits;
 use fulgurite_policy::table::Layout;
-use fulgurite_sandbox::{Sandbox, SandboxSettings};
+use fulgurite_sandbox::{AlgorithmFault, Sandbox, SandboxSettings};
 use serde::de::DeserializeOwned;
 use support::{component, root};
 use table_host::TableHost;
@@ -55,11 +55,11 @@ async fn run(case: &Case, variation: &Variation) -> Arc<TableHost> {
     let plugin = SANDBOX.load_algorithm(Path::new(&component(&case.component))).unwrap();
     let host = Arc::new(TableHost::new(case, variation));
     let host_side = Arc::clone(&host) as Arc<dyn AlgorithmHost>;
-    let failed = |error| panic!("{}: {error}", case.name);
+    let named = |error: AlgorithmFault| format!("{}: {error}", case.name);
     let started = plugin.start(case.config.to_string(), None, host_side, &Limits::default()).await;
-    let mut instance = started.unwrap_or_else(failed);
+    let mut instance = started.map_err(named).unwrap();
     for _ in 0..STEPS_MAX {
-        if instance.step().await.unwrap_or_else(failed) == StepResult::Done {
+        if instance.step().await.map_err(named).unwrap() == StepResult::Done {
             return host;
         }
     }

@@ -172,9 +172,7 @@ impl LossVector {
             }
             rollouts.push(rollout);
         }
-        let update = |freezes_reference, anchors, loss: Value| {
-            json!({"freezes_reference": freezes_reference, "anchors": anchors, "loss": loss, "entries": entries})
-        };
+        let update = |freezes_reference, anchors, loss: Value| json!({"freezes_reference": freezes_reference, "anchors": anchors, "loss": loss, "entries": entries});
         let (mut updates, mut tables) = (vec![], vec![]);
         if let Some(reference) = self.reference {
             updates.push(update(true, false, json!({})));

@@ -95,11 +95,7 @@ impl Pool {
     ///
     /// # Errors
     /// As [`Self::rows`].
-    pub fn row_of(
-        &self,
-        id: &TransitionId,
-        row_tokens_max: usize,
-    ) -> Result<(TrainingRow, usize), AlgorithmHostError> {
+    pub fn row_of(&self, id: &TransitionId, row_tokens_max: usize) -> Result<(TrainingRow, usize), AlgorithmHostError> {
         let tokens = self.get(id)?.transition.tokens.as_ref();
         // A demonstration has no log-probs of a sampler; these verbs need none.
         let is_demonstration = tokens.is_some_and(|tokens| tokens.log_probs.is_empty());

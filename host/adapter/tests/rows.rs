@@ -90,7 +90,10 @@ fn sampled(transition: &Transition, weight: f32) -> (Arc<Transition>, BatchEntry
 }
 
 fn sequence(transitions: &[Transition], weight: f32) -> Sequence {
-    Sequence { entries: transitions.iter().map(|transition| sampled(transition, weight)).collect(), ..Sequence::default() }
+    Sequence {
+        entries: transitions.iter().map(|transition| sampled(transition, weight)).collect(),
+        ..Sequence::default()
+    }
 }
 
 fn weights(rows: &[TrainingRow]) -> Vec<Vec<f32>> {
@@ -193,7 +196,10 @@ fn a_demonstration_trains_its_masked_tokens_in_the_stream_ce_only() {
         Transition::demonstration(id.clone(), vec![1, 2, 3, 4], mask, "2 4".to_owned(), "{}".to_owned());
     assert_eq!((demonstration.prompt_tokens(), demonstration.sampled_tokens()), (1, 2));
     assert!(demonstration.is_trainable() && demonstration.is_demonstration());
-    let with = |stream, weights| Sequence { entries: vec![entry(&demonstration, stream, Scope::Sampled, weights)], ..Sequence::default() };
+    let with = |stream, weights| Sequence {
+        entries: vec![entry(&demonstration, stream, Scope::Sampled, weights)],
+        ..Sequence::default()
+    };
     let built = rows(&[with(Stream::Ce, Weights::PerToken(vec![1.0, 3.0]))], NO_LIMIT).unwrap();
     assert_eq!(weights(&built), [[0.0, 1.0, 0.0, 3.0]]);
     assert_eq!(built[0].mask, [false, true, false, true]);
@@ -203,7 +209,9 @@ fn a_demonstration_trains_its_masked_tokens_in_the_stream_ce_only() {
     }
     // Nothing trained: no row, and no sequence that would count in a mean.
     let silent = Transition::demonstration(id, vec![1, 2], vec![false, false], String::new(), "{}".to_owned());
-    assert!(rows(&[Sequence { entries: vec![sampled_ce(&silent)], ..Sequence::default() }], NO_LIMIT).unwrap().is_empty());
+    assert!(
+        rows(&[Sequence { entries: vec![sampled_ce(&silent)], ..Sequence::default() }], NO_LIMIT).unwrap().is_empty()
+    );
 }
 
 fn sampled_ce(transition: &Transition) -> (Arc<Transition>, BatchEntry) {
@@ -214,7 +222,9 @@ fn sampled_ce(transition: &Transition) -> (Arc<Transition>, BatchEntry) {
 fn wrong_batches_are_refused_with_a_reason() {
     let calls = of_calls(&[(&[1], &[2, 3])]);
     let id = calls[0].id.clone();
-    let refused = |entries: Vec<(Arc<Transition>, BatchEntry)>| rows(&[Sequence { entries, ..Sequence::default() }], NO_LIMIT).unwrap_err();
+    let refused = |entries: Vec<(Arc<Transition>, BatchEntry)>| {
+        rows(&[Sequence { entries, ..Sequence::default() }], NO_LIMIT).unwrap_err()
+    };
     let with = |stream, scope, weights| vec![entry(&calls[0], stream, scope, weights)];
     assert_eq!(
         refused(with(Stream::Rl, Scope::Sampled, Weights::PerToken(vec![1.0]))).to_string(),

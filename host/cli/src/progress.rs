@@ -80,7 +80,9 @@ impl ProgressSink for TerminalProgress {
             }
             ProgressEvent::StageEnded { name, steps, seconds, plugin_share } => {
                 let share = 100.0 * plugin_share;
-                self.line(&format!("{name}: {steps} steps in {seconds:.1} s, {share:.2} % of it in the plugin's own code"));
+                self.line(&format!(
+                    "{name}: {steps} steps in {seconds:.1} s, {share:.2} % of it in the plugin's own code"
+                ));
             }
             ProgressEvent::EvaluationStarted { label, kind, rollouts } => {
                 if self.terminal {

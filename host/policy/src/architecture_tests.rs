@@ -297,7 +297,7 @@ fn gradient(device: PolicyDevice, parameters: &Arc<Parameters>, rows: &[Vec<u32>
     let runner = BatchRunner::new(&config(device), Arc::new(RotaryTable::new(&parameters.shape))).unwrap();
     let spec = LossSpec::default();
     let loss = BatchLoss::new(spec, &rows, || panic!("no forward pass is needed")).unwrap();
-    let objective = Objective::Loss { loss, reference: None };
+    let objective = Objective::Loss { loss: Box::new(loss), reference: None };
     let outcome = runner.run(parameters.clone(), rows, objective).unwrap();
     (outcome.report.loss, outcome.gradient.unwrap())
 }

@@ -151,7 +151,7 @@ impl Inference {
         check_rows(self.shape(), &rows)?;
         let spec = LossSpec { aggregation: Aggregation::TokenMean, ..LossSpec::default() };
         let log_probs = self.runner.run(self.weights.clone(), rows.clone(), Objective::Forward)?.log_probs;
-        let loss = BatchLoss::new(spec, &rows, || Ok(log_probs.clone()))?;
+        let loss = Box::new(BatchLoss::new(spec, &rows, || Ok(log_probs.clone()))?);
         let objective = Objective::Loss { loss, reference: None };
         let outcome = self.runner.run(self.weights.clone(), rows, objective)?;
         Ok(CrossEntropy {

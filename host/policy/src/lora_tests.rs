@@ -80,11 +80,17 @@ fn a_fresh_adapter_changes_no_bit_and_the_base_is_the_reference() {
         assert_eq!(log_probs(&runner, &weights.base().unwrap(), &rows), plain);
         let kl = Some(KlTerm { estimator: KlEstimator::K3, coefficient: 0.1 });
         let spec = LossSpec { kl, ..full_spec() };
-        let report = runner.run(weights.clone(), rows.clone(), objective(&runner, &weights, &rows, &spec, weights.base())).unwrap().report;
+        let report = runner
+            .run(weights.clone(), rows.clone(), objective(&runner, &weights, &rows, &spec, weights.base()))
+            .unwrap()
+            .report;
         assert_eq!(report.reference_kl, 0.0);
         let moved = adapted(&base, &LoraConfig { rank: 4, ..LoraConfig::default() }, 1);
         assert_ne!(log_probs(&runner, &moved, &rows), plain);
-        let report = runner.run(moved.clone(), rows.clone(), objective(&runner, &moved, &rows, &spec, moved.base())).unwrap().report;
+        let report = runner
+            .run(moved.clone(), rows.clone(), objective(&runner, &moved, &rows, &spec, moved.base()))
+            .unwrap()
+            .report;
         assert!(report.reference_kl > 0.0);
     }
 }
@@ -145,7 +151,9 @@ fn the_gradient_of_every_matrix_is_the_slope_of_the_loss() {
             ..full_spec()
         };
         let evaluate = |weights: &ModelWeights| {
-            runner.run(weights.clone(), rows.clone(), objective(&runner, weights, &rows, &spec, weights.base())).unwrap()
+            runner
+                .run(weights.clone(), rows.clone(), objective(&runner, weights, &rows, &spec, weights.base()))
+                .unwrap()
         };
         let gradient = evaluate(&weights).gradient.unwrap();
         let adapter = weights.trained();

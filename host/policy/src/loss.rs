@@ -134,7 +134,8 @@ impl BatchLoss {
         let own = Ratio::of_token(seen.log_prob, given.old);
         let ratio = self.drifts.as_ref().map_or(own, |drifts| drifts.ratio(self.spec.ratio_level, row, at, own));
         let surrogate = surrogate::surrogate(&self.spec, given.weight, seen.log_prob, &ratio);
-        let off_policy = self.drifts.as_ref().is_some_and(|drifts| drifts.is_off_policy(&self.spec, row, at, given.weight));
+        let off_policy =
+            self.drifts.as_ref().is_some_and(|drifts| drifts.is_off_policy(&self.spec, row, at, given.weight));
         let correction = self.corrections.as_ref().map_or(Some(1.0), |all| all.weight(row, at, given));
         let mut token = TokenLoss {
             loss: 0.0,

@@ -93,7 +93,8 @@ impl TablePolicy {
         self.check(rows)?;
         let of_row = |row: &TrainingRow| {
             let list = |values: &[f32]| -> Vec<f32> {
-                let value = |(at, id): (usize, &u32)| if loss::is_trained(row, at) { Table::at(values, *id) } else { 0.0 };
+                let value =
+                    |(at, id): (usize, &u32)| if loss::is_trained(row, at) { Table::at(values, *id) } else { 0.0 };
                 row.ids.iter().enumerate().map(value).collect()
             };
             RowLogProbs { log_probs: list(&self.table.log_probs), entropies: list(&self.table.entropies) }

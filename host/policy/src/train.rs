@@ -35,7 +35,7 @@ pub(crate) enum Objective {
     /// Gradient and report of a loss.
     Loss {
         /// The loss, made of the whole batch.
-        loss: BatchLoss,
+        loss: Box<BatchLoss>,
         /// ModelWeights of the KL term's reference.
         reference: Option<ModelWeights>,
     },

@@ -102,7 +102,7 @@ pub(crate) fn objective(
     reference: Option<ModelWeights>,
 ) -> Objective {
     let forward = || Ok(runner.run(weights.clone(), rows.to_vec(), Objective::Forward)?.log_probs);
-    Objective::Loss { loss: BatchLoss::new(spec.clone(), rows, forward).unwrap(), reference }
+    Objective::Loss { loss: Box::new(BatchLoss::new(spec.clone(), rows, forward).unwrap()), reference }
 }
 
 fn run(runner: &BatchRunner, parameters: &Arc<Parameters>, rows: &[TrainingRow], spec: &LossSpec) -> Outcome {
@@ -174,8 +174,7 @@ fn the_gradient_is_the_slope_of_the_loss() {
                     row.weights.fill(if row.sequence % 2 == 0 { 0.8 } else { -0.6 });
                 }
             }
-            let evaluate =
-                |parameters: Arc<Parameters>| run_with(&runner, &parameters, &rows, &spec, Some(&reference));
+            let evaluate = |parameters: Arc<Parameters>| run_with(&runner, &parameters, &rows, &spec, Some(&reference));
             let base = evaluate(parameters.clone());
             let gradient = base.gradient.unwrap();
             for (tensor, spec) in parameters.specs.iter().enumerate() {

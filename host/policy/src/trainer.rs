@@ -259,7 +259,7 @@ impl Trainer {
             None => None,
         };
         let forward = || Ok(self.runner.run(weights.clone(), rows.clone(), Objective::Forward)?.log_probs);
-        let loss = BatchLoss::new(spec, &rows, forward)?;
+        let loss = Box::new(BatchLoss::new(spec, &rows, forward)?);
         let trained = self.models.get_mut(model).ok_or_else(|| unknown(model))?;
         Ok(trained.gather(&self.runner, rows, Objective::Loss { loss, reference })?.report)
     }

@@ -13,7 +13,8 @@ use fulgurite_core::llm::{
 };
 use fulgurite_core::seed::Seed;
 use fulgurite_core::training::{
-    Aggregation, Correction, CorrectionRule, KlEstimator, KlTerm, LossSpec, OptimiserStep, RatioLevel, Stream, TrainingRow,
+    Aggregation, Correction, CorrectionRule, KlEstimator, KlTerm, LossSpec, OptimiserStep, RatioLevel, Stream,
+    TrainingRow,
 };
 use fulgurite_policy::{PolicyConfig, PolicyDevice, PolicyEngine, PolicyError, PolicyTokenizer, TokenizerConfig};
 use futures::future::{maybe_done, try_join_all};

@@ -38,7 +38,8 @@ impl Normalisers {
         rows: &[TrainingRow],
     ) -> Result<Self, PolicyError> {
         if matches!(aggregation, Aggregation::Constant { length: 0 } | Aggregation::SumConstant { length: 0 }) {
-            let text = "the aggregation's constant length is 0: give a length in tokens, the longest answer's for example";
+            let text =
+                "the aggregation's constant length is 0: give a length in tokens, the longest answer's for example";
             return Err(PolicyError::InvalidBatch(text.to_owned()));
         }
         let mut all = Self {

@@ -40,7 +40,9 @@ pub(super) fn loss(spec: &LossSpec) -> Result<(), PolicyError> {
     if let Some(delta) = spec.ratio_max {
         at_least("ratio_max", delta, 1.0)?;
         if !matches!(spec.policy_loss, PolicyLoss::Ppo { .. } | PolicyLoss::ImportanceSampling) {
-            return Err(invalid("`ratio_max` bounds the ratio of PPO and importance sampling: leave it out of other losses"));
+            return Err(invalid(
+                "`ratio_max` bounds the ratio of PPO and importance sampling: leave it out of other losses",
+            ));
         }
     }
     if let Some(term) = &spec.kl {

@@ -105,7 +105,7 @@ const MISTAKES: [Mistake; 29] = [
 /// A token of a vector.
 #[derive(Debug, Clone, Copy, Default)]
 struct Token {
-    row: usize,
+    row: u32,
     sequence: (u32, u32),
     group: u64,
     is_demonstrated: bool,
@@ -125,7 +125,7 @@ fn tokens(vector: &Vector, mistake: Mistake) -> Vec<Token> {
             let behaviour = f64::from(row.behaviour_log_probs[at]);
             let old = row.old_log_probs.get(at).copied().map_or(behaviour, f64::from);
             all.push(Token {
-                row: number,
+                row: u32::try_from(number).unwrap(),
                 sequence: (row.sequence, if scope == SequenceScope::Call { row.calls[at] } else { 0 }),
                 group: row.group.unwrap_or(0),
                 is_demonstrated: row.stream == Stream::Ce,
@@ -197,7 +197,8 @@ fn policy_token(spec: &LossSpec, all: &[Token], token: &Token, mistake: Mistake)
     let r = at_level(level, all, token, |token| sign * (token.new - token.old)).exp();
     let count = mates(all, token).len() as f64;
     // d r / d log π, and the token's share of a loss of the whole sequence.
-    let (slope, share) = if level == RatioLevel::SequenceSum { (sign * r * count, 1.0 / count) } else { (sign * r, 1.0) };
+    let (slope, share) =
+        if level == RatioLevel::SequenceSum { (sign * r * count, 1.0 / count) } else { (sign * r, 1.0) };
     let a = if mistake == Sign { -token.advantage } else { token.advantage };
     let delta = spec.ratio_max.filter(|_| mistake != RatioMaxLeftOut).map_or(f64::INFINITY, f64::from);
     let plain = (-a * r.min(delta), if r > delta { 0.0 } else { -a });
@@ -271,7 +272,7 @@ fn coefficient(spec: &LossSpec, all: &[Token], token: &Token, mistake: Mistake) 
     let is_mixed = mistake == StreamsMixed;
     let stream: Vec<&Token> =
         all.iter().filter(|other| is_mixed || other.is_demonstrated == token.is_demonstrated).collect();
-    let unit = |token: &Token| if mistake == NormaliserOfRows { (u32::MAX, token.row as u32) } else { token.sequence };
+    let unit = |token: &Token| if mistake == NormaliserOfRows { (u32::MAX, token.row) } else { token.sequence };
     let sequences = stream.iter().map(|token| unit(token)).collect::<BTreeSet<_>>().len() as f64;
     let length = stream.iter().filter(|other| unit(other) == unit(token)).count() as f64;
     let groups = stream.iter().map(|token| token.group).collect::<BTreeSet<_>>().len() as f64;

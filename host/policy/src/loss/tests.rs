@@ -114,18 +114,12 @@ fn derivatives_are_the_slopes_of_the_batch() {
 
 #[test]
 fn a_sequence_cut_into_rows_keeps_its_loss_and_masked_rows_do_not_count() {
-    let whole = [
-        tokens(0, 0.75, &[-1.0, -2.0, -0.5], &[-1.125, -1.75, -0.5]),
-        tokens(1, -0.5, &[-0.25, -3.0], &[-0.5, -2.75]),
-    ];
+    let whole =
+        [tokens(0, 0.75, &[-1.0, -2.0, -0.5], &[-1.125, -1.75, -0.5]), tokens(1, -0.5, &[-0.25, -3.0], &[-0.5, -2.75])];
     let mut empty = tokens(7, 4.0, &[-1.0; 5], &[-2.0; 5]);
     empty.mask.fill(false);
-    let cut = [
-        tokens(0, 0.75, &[-0.5], &[-0.5]),
-        empty,
-        whole[1].clone(),
-        tokens(0, 0.75, &[-1.0, -2.0], &[-1.125, -1.75]),
-    ];
+    let cut =
+        [tokens(0, 0.75, &[-0.5], &[-0.5]), empty, whole[1].clone(), tokens(0, 0.75, &[-1.0, -2.0], &[-1.125, -1.75])];
     let log_probs = [vec![0.0, -1.25, -1.5, -0.75], vec![0.0, -0.375, -2.875]];
     let cut_log_probs = [vec![0.0, -0.75], vec![0.0; 6], log_probs[1].clone(), vec![0.0, -1.25, -1.5]];
     for aggregation in [
@@ -178,7 +172,7 @@ fn calls_are_sequences_when_the_loss_says_so() {
     let (rollout, _) = evaluate(&spec(SequenceScope::Rollout), std::slice::from_ref(&merged), &log_probs, None);
     let (call, _) = evaluate(&spec(SequenceScope::Call), &[merged], &log_probs, None);
     assert!((rollout + 0.5_f64.exp()).abs() < 1e-12, "{rollout}");
-    assert!((call + (0.5_f64.exp() + 1.0) / 2.0).abs() < 1e-12, "{call}");
+    assert!((call + f64::midpoint(0.5_f64.exp(), 1.0)).abs() < 1e-12, "{call}");
 }
 
 #[test]

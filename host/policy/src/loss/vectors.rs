@@ -62,7 +62,11 @@ fn vector(value: &Value) -> Vector {
         Some(rollouts) => (0..)
             .zip(rollouts)
             .flat_map(|(number, calls)| {
-                calls.as_array().unwrap().iter().map(move |call| (number, call.as_u64().unwrap() as usize))
+                calls
+                    .as_array()
+                    .unwrap()
+                    .iter()
+                    .map(move |call| (number, usize::try_from(call.as_u64().unwrap()).unwrap()))
             })
             .collect(),
     };
@@ -144,7 +148,9 @@ fn spec(settings: &Value) -> LossSpec {
             "prompt-mean" => Aggregation::PromptMean,
             other => panic!("{other}"),
         },
-        constant if constant.get("constant").is_some() => Aggregation::Constant { length: length(&constant["constant"]) },
+        constant if constant.get("constant").is_some() => {
+            Aggregation::Constant { length: length(&constant["constant"]) }
+        }
         constant => Aggregation::SumConstant { length: length(&constant["sum-constant"]) },
     };
     if let Some(kl) = settings["kl"].as_array() {

@@ -20,7 +20,8 @@ pub(crate) fn train() -> Result<(), AlgorithmError> {
 
 /// Does one thing wrong; nothing by another name.
 pub(crate) fn misbehave(how: &str) -> Result<(), AlgorithmError> {
-    let gradient = |transition, d_log_probs| Gradient { transition, d_log_probs, d_entropies: vec![], d_values: vec![] };
+    let gradient =
+        |transition, d_log_probs| Gradient { transition, d_log_probs, d_entropies: vec![], d_values: vec![] };
     let train = |entry: Entry| policy::forward_backward(&Model::Policy, &[entry], &Loss::new()).map(|_| ());
     match how {
         "nan-weight" => train(Entry::new(demonstration()?, Stream::Ce, f32::NAN))?,
