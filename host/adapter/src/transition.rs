@@ -1,6 +1,6 @@
 //! Spans to transitions: one per LLM call that was answered.
 
-use fulgurite_core::id::{PolicyVersion, ResponseId, TransitionId};
+use fulgurite_core::id::{ContentHash, PolicyVersion, ResponseId, TransitionId};
 use fulgurite_core::llm::{Completion, KeptTokens, NotTrainable, Sampling, TokenData};
 use fulgurite_core::reward::Reward;
 use fulgurite_core::span::{LlmCall, Span, SpanBody};
@@ -119,6 +119,18 @@ impl Transition {
             .map_or(0.0, |tokens| tokens.behaviour_log_probs().iter().map(|log_prob| f64::from(*log_prob)).sum())
     }
 
+    /// Hash of the prompt's tokens; 0 where they are not known. Equal prompts have equal hashes.
+    #[must_use]
+    pub fn prompt_hash(&self) -> u64 {
+        self.tokens.as_ref().map_or(0, |tokens| hash(&tokens.prompt_ids))
+    }
+
+    /// Hash of the prompt's tokens that no earlier call of the rollout covers; 0 where they are not known.
+    #[must_use]
+    pub fn observation_hash(&self) -> u64 {
+        self.tokens.as_ref().and_then(|tokens| tokens.prompt_ids.get(self.observed_from..)).map_or(0, hash)
+    }
+
     /// The weights that drew it.
     #[must_use]
     pub fn policy_version(&self) -> PolicyVersion {
@@ -156,6 +168,13 @@ impl Transition {
     fn ids(&self) -> impl Iterator<Item = u32> {
         self.tokens.iter().flat_map(|tokens| tokens.prompt_ids.iter().chain(&tokens.completion_ids)).copied()
     }
+}
+
+/// The first 8 bytes of a content hash: a run has far fewer different prompts than would make two of them meet.
+fn hash(ids: &[u32]) -> u64 {
+    let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+    let hash = ContentHash::of(&bytes);
+    hash.as_bytes().iter().take(8).rev().fold(0, |number, byte| number << 8 | u64::from(*byte))
 }
 
 /// One log-prob per drawn token, each the logarithm of a probability above 0.

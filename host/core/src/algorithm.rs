@@ -117,6 +117,10 @@ pub struct TransitionView {
     pub log_prob_sum: f64,
     /// The weights that drew it.
     pub policy_version: PolicyVersion,
+    /// Hash of the prompt's tokens; 0 where they are not known.
+    pub prompt_hash: u64,
+    /// Hash of those of them that no earlier call of the rollout covers; 0 where they are not known.
+    pub observation_hash: u64,
     /// Rewards attached to this call.
     pub rewards: Vec<Reward>,
     /// The completion's text.

@@ -372,6 +372,14 @@ impl trajectories::HostTransition for AlgorithmState {
         Ok(self.table.get(&transition)?.0.policy_version.0)
     }
 
+    fn prompt_hash(&mut self, transition: Resource<TransitionHandle>) -> wasmtime::Result<u64> {
+        Ok(self.table.get(&transition)?.0.prompt_hash)
+    }
+
+    fn observation_hash(&mut self, transition: Resource<TransitionHandle>) -> wasmtime::Result<u64> {
+        Ok(self.table.get(&transition)?.0.observation_hash)
+    }
+
     fn rewards(&mut self, transition: Resource<TransitionHandle>) -> wasmtime::Result<Vec<trajectories::Reward>> {
         Ok(self.table.get(&transition)?.0.rewards.iter().map(reward_to_wit).collect())
     }

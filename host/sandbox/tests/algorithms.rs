@@ -71,6 +71,8 @@ fn transition(id: &str) -> TransitionView {
         trainable: true,
         log_prob_sum: -1.5,
         policy_version: PolicyVersion(3),
+        prompt_hash: 1,
+        observation_hash: 2,
         rewards: vec![],
         text: "R7".to_owned(),
     }

@@ -266,6 +266,8 @@ fn transition_view(transition: &Transition) -> TransitionView {
         trainable: transition.not_trainable.is_none(),
         log_prob_sum: transition.log_prob_sum(),
         policy_version: transition.policy_version(),
+        prompt_hash: transition.prompt_hash(),
+        observation_hash: transition.observation_hash(),
         rewards: transition.rewards.clone(),
         text: transition.text.clone(),
     }

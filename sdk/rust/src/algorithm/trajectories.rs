@@ -118,6 +118,19 @@ impl Transition {
         self.0.policy_version()
     }
 
+    /// Hash of the prompt's tokens: equal for calls of the run that saw the same; 0 where they are not known.
+    #[must_use]
+    pub fn prompt_hash(&self) -> u64 {
+        self.0.prompt_hash()
+    }
+
+    /// Hash of the prompt's tokens that no earlier call of the rollout covers: what a tool answered, or all of a first call's
+    /// prompt. Calls with equal ones were made after the same observation. 0 where they are not known.
+    #[must_use]
+    pub fn observation_hash(&self) -> u64 {
+        self.0.observation_hash()
+    }
+
     /// Rewards of this call.
     #[must_use]
     pub fn rewards(&self) -> Vec<Reward> {
