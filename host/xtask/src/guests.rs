@@ -1,4 +1,5 @@
-//! Building the guests: every package below `plugins/`, `algorithms/` and `tests/guests/` becomes a component.
+//! Building the guests: every package below `plugins/`, `algorithms/` and `tests/guests/` becomes a component, but for the
+//! libraries that they share.
 
 use std::io::ErrorKind;
 use std::path::Path;
@@ -23,7 +24,7 @@ pub(crate) fn build() -> anyhow::Result<()> {
     let guests: Vec<&Package> = workspace
         .packages
         .iter()
-        .filter(|p| FOLDERS.iter().any(|f| p.dir.starts_with(workspace.root.join(f))))
+        .filter(|p| p.is_component && FOLDERS.iter().any(|f| p.dir.starts_with(workspace.root.join(f))))
         .collect();
     let mut cargo = workspace.cargo();
     cargo.args(["build", "--quiet", "--profile", PROFILE, "--target", TARGET]);

@@ -14,6 +14,8 @@ pub(crate) struct Package {
     pub(crate) name: String,
     /// Its folder.
     pub(crate) dir: PathBuf,
+    /// Whether it makes a `cdylib`, which is what becomes a component.
+    pub(crate) is_component: bool,
 }
 
 /// What cargo knows of this workspace.
@@ -45,7 +47,10 @@ impl Workspace {
         for package in metadata.get("packages").and_then(Value::as_array).context("cargo metadata has no packages")? {
             let manifest = PathBuf::from(field(package, "manifest_path")?);
             let dir = manifest.parent().context("a manifest has no folder")?.to_path_buf();
-            packages.push(Package { name: field(package, "name")?, dir });
+            let targets = package.get("targets").and_then(Value::as_array).into_iter().flatten();
+            let mut kinds = targets.filter_map(|target| target.get("crate_types")?.as_array()).flatten();
+            let is_component = kinds.any(|kind| kind == "cdylib");
+            packages.push(Package { name: field(package, "name")?, dir, is_component });
         }
         packages.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(Self {
