@@ -1,0 +1,296 @@
+//! A stage of policy gradient steps: what is the same in all plugins.
+
+use fulgurite_sdk::algorithm::policy;
+use fulgurite_sdk::algorithm::rollouts::{self, Group, Item, Split};
+use fulgurite_sdk::algorithm::trajectories::TransitionId;
+use fulgurite_sdk::algorithm::{AlgorithmError, Progress, Sampling, metrics};
+use serde::{Deserialize, Serialize};
+
+use crate::config::{Filter, Settings};
+use crate::curriculum::{self, Latest};
+use crate::draw::Draw;
+use crate::gather::{self, Start};
+use crate::reference::Divergence;
+use crate::rollout::{self, Rollout};
+
+/// What the next step needs.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct State {
+    /// Steps made.
+    pub(crate) steps: u64,
+    /// The last so many optimiser steps were skipped.
+    pub(crate) skipped_in_a_row: u32,
+    /// The weights that the last update made; 0 before the first.
+    #[serde(default)]
+    pub(crate) policy_version: u64,
+    /// The coefficient that the KL has by now; none before it was steered.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) kl_coefficient: Option<f64>,
+    /// How well the items of a curriculum went last.
+    #[serde(default, skip_serializing_if = "Latest::is_empty")]
+    latest: Latest,
+}
+
+/// A stage of policy gradient steps.
+#[derive(Debug)]
+pub struct Learner {
+    pub(crate) settings: Settings,
+    pub(crate) state: State,
+    /// Items of the step, whose random order is the run's: what is drawn follows from them.
+    names: Vec<String>,
+}
+
+impl Learner {
+    /// Starts a stage, or goes on with one.
+    #[must_use]
+    pub fn new(settings: Settings, saved: Option<State>) -> Self {
+        Self { settings, state: saved.unwrap_or_default(), names: vec![] }
+    }
+
+    /// The config with nothing left open.
+    #[must_use]
+    pub const fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Everything that the next step needs.
+    #[must_use]
+    pub fn save(&self) -> State {
+        self.state.clone()
+    }
+
+    /// Number of the step that is being made, from 0.
+    #[must_use]
+    pub const fn step(&self) -> u64 {
+        self.state.steps
+    }
+
+    /// Random numbers of the step for a purpose. They follow from the run's seed by way of the order of its items.
+    #[must_use]
+    pub fn draw(&self, purpose: &str) -> Draw {
+        Draw::new(purpose, self.state.steps, self.names.iter().map(String::as_str))
+    }
+
+    /// Starts a step: rolls out, filters, and records what was seen. None: the stage has ended.
+    ///
+    /// # Errors
+    /// When the host refuses a verb, or nothing of what was rolled out can be trained on.
+    pub fn begin(&mut self) -> Result<Option<Vec<Rollout>>, AlgorithmError> {
+        if !self.start()? {
+            return Ok(None);
+        }
+        let rollouts = if self.settings.filter == Filter::Resample { self.resample()? } else { self.roll_out()? };
+        let kept = self.see(rollouts)?;
+        Ok(Some(kept))
+    }
+
+    /// Starts a step whose rollouts the plugin makes itself: see [`Self::items`] and [`Self::see`]. False: the stage has ended.
+    ///
+    /// # Errors
+    /// When the host refuses a verb.
+    pub fn start(&mut self) -> Result<bool, AlgorithmError> {
+        if self.state.steps >= self.settings.rollouts.steps {
+            return Ok(false);
+        }
+        if self.state.steps == 0 && self.settings.loss.has_reference() {
+            policy::freeze_reference()?;
+        }
+        self.names.clear();
+        Ok(true)
+    }
+
+    /// Ends a step.
+    pub fn end(&mut self) -> Progress {
+        self.state.steps += 1;
+        if self.state.steps < self.settings.rollouts.steps { Progress::Continue } else { Progress::Done }
+    }
+
+    /// The next so many items of the training split, by the curriculum where there is one.
+    ///
+    /// # Errors
+    /// When the dataset has no such split.
+    pub fn items(&mut self, count: u32) -> Result<Vec<Item>, AlgorithmError> {
+        let items = match &self.settings.rollouts.curriculum {
+            Some(curriculum) => curriculum::items(curriculum, &self.state.latest, count, self.state.steps)?,
+            None => rollouts::next_items(Split::Train, count)?,
+        };
+        self.names.extend(items.iter().map(|item| item.id().0));
+        Ok(items)
+    }
+
+    /// How the policy draws.
+    #[must_use]
+    pub fn sampling(&self) -> Sampling {
+        Sampling::new().temperature(self.settings.rollouts.temperature)
+    }
+
+    fn groups(&mut self, count: u32) -> Result<Vec<Group>, AlgorithmError> {
+        let (size, sampling) = (self.settings.rollouts.group_size, self.sampling());
+        let items = self.items(count)?;
+        Ok(items.iter().map(|item| Group::new(item.id(), size).sampling(sampling)).collect())
+    }
+
+    fn roll_out(&mut self) -> Result<Vec<Rollout>, AlgorithmError> {
+        let groups = self.groups(self.settings.rollouts.groups_per_step)?;
+        let section = &self.settings.rollouts;
+        let size = section.group_size as usize;
+        let is_last = self.state.steps + 1 >= section.steps;
+        let start = Start::of(section.start_share, groups.len() * size, is_last);
+        let gathered = gather::gather(&groups, size, start)?;
+        if section.start_share < 1.0 {
+            metrics::scalar("carried_in", gathered.carried_in as f64)?;
+            metrics::scalar("carried_out", gathered.carried_out as f64)?;
+        }
+        let read = |(group, trajectory): &(usize, _)| Rollout::read(*group, trajectory, section);
+        Ok(gathered.rollouts.iter().map(read).collect())
+    }
+
+    /// DAPO's dynamic sampling: rolls other items out in place of those whose rollouts earned all the same.
+    fn resample(&mut self) -> Result<Vec<Rollout>, AlgorithmError> {
+        let wanted = self.settings.rollouts.groups_per_step;
+        let (mut all, mut first, mut missing, mut rounds) = (vec![], 0, wanted, 0);
+        while missing > 0 && rounds < self.settings.rollouts.resample_rounds_max {
+            let groups = self.groups(missing)?;
+            let ended = rollouts::enqueue(&groups)?.await_all(None)?;
+            let section = &self.settings.rollouts;
+            all.extend(ended.iter().map(|trajectory| Rollout::read(first + trajectory.group(), trajectory, section)));
+            first += groups.len();
+            rounds += 1;
+            let teaching = u32::try_from(teaching_groups(&all)).unwrap_or(u32::MAX);
+            missing = wanted.saturating_sub(teaching);
+        }
+        metrics::scalar("resample_rounds", f64::from(rounds))?;
+        Ok(all)
+    }
+
+    /// Records what was seen and returns what stays in the batch.
+    ///
+    /// # Errors
+    /// When the host refuses a metric.
+    pub fn see(&mut self, mut rollouts: Vec<Rollout>) -> Result<Vec<Rollout>, AlgorithmError> {
+        // Before the first update of a stage only the rollouts tell which weights these are.
+        let drawn = rollouts.iter().flat_map(|rollout| &rollout.calls).map(|call| call.policy_version).max();
+        self.state.policy_version = self.state.policy_version.max(drawn.unwrap_or(0));
+        for (name, value) in rollout::numbers(&rollouts) {
+            metrics::scalar(&name, value)?;
+        }
+        if let Some((mean, most)) = rollout::staleness(&rollouts, self.state.policy_version)
+            && (most > 0.0 || self.settings.rollouts.start_share < 1.0)
+        {
+            metrics::scalar("staleness_mean", mean)?;
+            metrics::scalar("staleness_max", most)?;
+        }
+        if self.settings.rollouts.curriculum.is_some() {
+            curriculum::note(&mut self.state.latest, &rollouts);
+        }
+        if let Some(most) = self.settings.rollouts.staleness_max {
+            let left_out = leave_stale_out(&mut rollouts, self.state.policy_version, most);
+            metrics::scalar("stale_calls", left_out as f64)?;
+        }
+        if self.settings.filter == Filter::Keep {
+            return Ok(rollouts);
+        }
+        let before = rollout::groups(&rollouts).len();
+        let kept = drop_flat(rollouts);
+        metrics::scalar("dropped_groups", (before - rollout::groups(&kept).len()) as f64)?;
+        Ok(kept)
+    }
+
+    /// What the KL to the reference costs each token, where it is taken off the reward.
+    ///
+    /// # Errors
+    /// When the host refuses a verb.
+    pub fn divergence(&mut self, rollouts: &[Rollout]) -> Result<Divergence, AlgorithmError> {
+        let Some(estimator) = self.settings.loss.reward_kl() else { return Ok(Divergence::default()) };
+        let scored = rollouts.iter().filter(|rollout| rollout.reward.is_some());
+        let calls: Vec<TransitionId> = scored.flat_map(Rollout::trained).map(|call| call.id.clone()).collect();
+        let found = Divergence::ask(estimator, self.kl_coefficient(), &calls)?;
+        if let Some(mean) = found.mean {
+            metrics::scalar("reference_kl", mean)?;
+            self.steer(mean, rollouts.len())?;
+        }
+        Ok(found)
+    }
+
+    pub(crate) fn kl_coefficient(&self) -> f64 {
+        self.state.kl_coefficient.unwrap_or_else(|| self.settings.loss.kl_coefficient())
+    }
+
+    /// Changes the coefficient of the KL by what the KL was.
+    pub(crate) fn steer(&mut self, kl: f64, rollouts: usize) -> Result<(), AlgorithmError> {
+        if let Some(adaptive) = self.settings.loss.adaptive() {
+            let next = adaptive.next(self.kl_coefficient(), kl, rollouts);
+            self.state.kl_coefficient = Some(next);
+            metrics::scalar("kl_coefficient", next)?;
+        }
+        Ok(())
+    }
+}
+
+/// How many groups have rollouts that earned something different.
+fn teaching_groups(rollouts: &[Rollout]) -> usize {
+    let members = |places: &Vec<usize>| places.iter().filter_map(|place| rollouts.get(*place)).collect::<Vec<_>>();
+    rollout::groups(rollouts).values().filter(|places| rollout::teaches(&members(places))).count()
+}
+
+/// The rollouts of groups that earned something different.
+fn drop_flat(rollouts: Vec<Rollout>) -> Vec<Rollout> {
+    let groups = rollout::groups(&rollouts);
+    let members = |places: &Vec<usize>| places.iter().filter_map(|place| rollouts.get(*place)).collect::<Vec<_>>();
+    let teaching: Vec<usize> =
+        groups.iter().filter(|(_, places)| rollout::teaches(&members(places))).map(|(group, _)| *group).collect();
+    rollouts.into_iter().filter(|rollout| teaching.contains(&rollout.group)).collect()
+}
+
+/// Leaves calls out of the loss that are too old, and tells how many. Their rollouts stay in the baselines.
+fn leave_stale_out(rollouts: &mut [Rollout], current: u64, most: u64) -> usize {
+    let mut left_out = 0;
+    for call in rollouts.iter_mut().flat_map(|rollout| &mut rollout.calls).filter(|call| call.is_trained) {
+        if current.saturating_sub(call.policy_version) > most {
+            call.is_trained = false;
+            left_out += 1;
+        }
+    }
+    left_out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rollout::example;
+
+    #[test]
+    fn groups_that_earned_the_same_leave_the_batch() {
+        let rollouts = vec![
+            example(0, Some(1.0), &[1]),
+            example(1, Some(1.0), &[2]),
+            example(0, Some(0.0), &[3]),
+            example(1, Some(1.0), &[4]),
+            example(2, Some(1.0), &[5]),
+            example(2, None, &[6]),
+        ];
+        assert_eq!(teaching_groups(&rollouts), 1);
+        let kept: Vec<usize> = drop_flat(rollouts).iter().map(|rollout| rollout.group).collect();
+        assert_eq!(kept, [0, 0]);
+    }
+
+    #[test]
+    fn old_calls_leave_the_loss_and_not_the_baseline() {
+        let mut rollouts = [example(0, Some(1.0), &[1, 2])];
+        rollouts[0].calls[0].policy_version = 1;
+        assert_eq!(leave_stale_out(&mut rollouts, 4, 2), 1);
+        assert_eq!(rollouts[0].trained().count(), 1);
+        assert_eq!(rollouts[0].reward, Some(1.0));
+        assert_eq!(leave_stale_out(&mut rollouts, 9, 2), 1);
+        assert_eq!(leave_stale_out(&mut rollouts, 9, 2), 0, "a call is left out once");
+    }
+
+    #[test]
+    fn a_state_of_an_earlier_grpo_can_be_read() {
+        let state: State = serde_json::from_str(r#"{"steps":3,"skipped_in_a_row":0}"#).unwrap();
+        assert_eq!((state.steps, state.policy_version), (3, 0));
+        let json = serde_json::to_string(&state).unwrap();
+        assert_eq!(json, r#"{"steps":3,"skipped_in_a_row":0,"policy_version":0}"#);
+    }
+}
