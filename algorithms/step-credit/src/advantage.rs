@@ -1,0 +1,190 @@
+//! From rewards to advantages of calls. Pure.
+
+use fulgurite_credit::steps::{self, Visit};
+use fulgurite_policy_gradient::{Credit, Divergence, Rollout, rollout};
+
+use crate::config::{Anchor, Config, Method};
+
+/// What a step's rollouts teach.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Found {
+    /// The credit of every call that is trained on, rollout by rollout; none of a rollout that was not graded.
+    pub credits: Vec<Option<Vec<Credit>>>,
+    /// Share of the calls that were made in a state that another one was made in too; only `gigpo` has states.
+    pub anchored_share: Option<f64>,
+}
+
+/// The credit of every call.
+#[must_use]
+pub fn credits(rollouts: &[Rollout], divergence: &Divergence, config: &Config) -> Found {
+    let of_rollouts = rollout::advantages(rollouts, config.estimator(), |one| divergence.reward(one));
+    let whole = |(rollout, advantage): (&Rollout, &Option<f64>)| Some(vec![(*advantage)?; rollout.trained().count()]);
+    let identical: Vec<Option<Vec<f64>>> = rollouts.iter().zip(&of_rollouts).map(whole).collect();
+    let returns: Vec<Option<Vec<f64>>> =
+        rollouts.iter().map(|rollout| step_returns(rollout, divergence, config.turn_discount)).collect();
+    let mut advantages = match config.method {
+        Method::Identical | Method::Gigpo => identical,
+        Method::Hierarchical => vec![None; rollouts.len()],
+    };
+    let (mut shared, mut visits) = (0, 0);
+    for places in rollout::groups(rollouts).values() {
+        let of_group: Vec<Option<Vec<f64>>> =
+            places.iter().map(|place| returns.get(*place).cloned().flatten()).collect();
+        match config.method {
+            Method::Identical => {}
+            Method::Hierarchical => {
+                let found = steps::hierarchical(&of_group, config.divides_by());
+                for (place, calls) in places.iter().zip(found) {
+                    advantages.get_mut(*place).into_iter().for_each(|slot| slot.clone_from(&calls));
+                }
+            }
+            Method::Gigpo => {
+                let members: Vec<&Rollout> = places.iter().filter_map(|place| rollouts.get(*place)).collect();
+                let states: Vec<Vec<Visit<u64>>> = members
+                    .iter()
+                    .zip(&of_group)
+                    .map(|(rollout, returns)| visited(rollout, returns, config.anchor))
+                    .collect();
+                shared += count_shared(&states);
+                visits += states.iter().map(Vec::len).sum::<usize>();
+                for (place, more) in places.iter().zip(steps::gigpo(&states, config.divides_by())) {
+                    let calls = advantages.get_mut(*place).into_iter().flatten().flatten();
+                    calls.zip(more).for_each(|(advantage, more)| *advantage += config.step_weight * more);
+                }
+            }
+        }
+    }
+    let credited = |calls: Vec<f64>| calls.into_iter().map(Credit::Call).collect();
+    let is_anchored = config.method == Method::Gigpo && visits > 0;
+    Found {
+        credits: advantages.into_iter().map(|calls| calls.map(credited)).collect(),
+        anchored_share: is_anchored.then(|| shared as f64 / visits as f64),
+    }
+}
+
+/// What each call that is trained on leads to, less what the KL costs.
+fn step_returns(rollout: &Rollout, divergence: &Divergence, discount: f64) -> Option<Vec<f64>> {
+    let (mut rewards, whole) = rollout.step_rewards()?;
+    rewards.iter_mut().zip(rollout.trained()).for_each(|(reward, call)| *reward -= divergence.of_call(&call.id));
+    Some(steps::returns(&rewards, whole, discount))
+}
+
+/// The states in which a rollout's calls were made; nothing of one that was not graded.
+fn visited(rollout: &Rollout, returns: &Option<Vec<f64>>, anchor: Anchor) -> Vec<Visit<u64>> {
+    let state = |call: &rollout::Call| match anchor {
+        Anchor::Observation => call.observation_hash,
+        Anchor::Prompt => call.prompt_hash,
+    };
+    let of_calls = returns.iter().flatten().zip(rollout.trained());
+    of_calls.map(|(value, call)| Visit { anchor: state(call), value: *value }).collect()
+}
+
+/// Visits of states that were visited more than once.
+fn count_shared(states: &[Vec<Visit<u64>>]) -> usize {
+    let mut counts = std::collections::BTreeMap::<u64, usize>::new();
+    states.iter().flatten().for_each(|visit| *counts.entry(visit.anchor).or_default() += 1);
+    counts.values().filter(|count| **count > 1).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use fulgurite_policy_gradient::rollout::Call;
+    use fulgurite_sdk::algorithm::rollouts::{ItemId, RolloutId};
+    use fulgurite_sdk::algorithm::trajectories::TransitionId;
+
+    use super::*;
+
+    /// A rollout of calls that saw these things.
+    fn rollout(group: usize, reward: Option<f64>, seen: &[u64]) -> Rollout {
+        let call = |(index, observation): (usize, &u64)| Call {
+            id: TransitionId(format!("{group}/{reward:?}/{index}")),
+            event: 0,
+            is_trained: true,
+            completion_tokens: 1,
+            policy_version: 0,
+            reward: 0.0,
+            prompt_hash: seen[..=index].iter().fold(17, |hash, seen| hash * 31 + seen),
+            observation_hash: *observation,
+        };
+        Rollout {
+            id: RolloutId(String::new()),
+            item: ItemId(String::new()),
+            group,
+            reward,
+            shaping: 0.0,
+            other_rewards: BTreeMap::new(),
+            is_malformed: false,
+            is_cut_off: false,
+            calls: seen.iter().enumerate().map(call).collect(),
+        }
+    }
+
+    fn of(rollouts: &[Rollout], config: &Config) -> Vec<Option<Vec<f64>>> {
+        let number = |credit: Credit| match credit {
+            Credit::Call(advantage) => advantage,
+            Credit::Tokens(_) => panic!("a credit per token"),
+        };
+        let found = credits(rollouts, &Divergence::default(), config).credits.into_iter();
+        found.map(|calls| calls.map(|calls| calls.into_iter().map(number).collect())).collect()
+    }
+
+    fn config(method: Method) -> Config {
+        Config { method, normalise_by_std: false, turn_discount: 0.5, ..Config::default() }
+    }
+
+    #[test]
+    fn identical_is_the_rollouts_advantage_on_every_call() {
+        let rollouts = [rollout(0, Some(1.0), &[1, 2]), rollout(0, None, &[1]), rollout(0, Some(0.0), &[1])];
+        assert_eq!(of(&rollouts, &config(Method::Identical)), [Some(vec![0.5, 0.5]), None, Some(vec![-0.5])]);
+    }
+
+    #[test]
+    fn hierarchical_credits_late_calls_more() {
+        let rollouts = [rollout(0, Some(1.0), &[1, 2]), rollout(0, None, &[1]), rollout(0, Some(0.0), &[1, 3])];
+        // Returns ½, 1 and 0, 0; the mean over rollouts is (¾ + 0) / 2.
+        let found = of(&rollouts, &config(Method::Hierarchical));
+        assert_eq!(found, [Some(vec![0.125, 0.625]), None, Some(vec![-0.375, -0.375])]);
+    }
+
+    #[test]
+    fn gigpo_adds_what_was_better_in_the_same_state() {
+        // All see 1 first; the first and the third then see 2.
+        let rollouts = [
+            rollout(0, Some(1.0), &[1, 2]),
+            rollout(0, Some(0.0), &[1, 3]),
+            rollout(0, Some(0.5), &[1, 2]),
+            // Another group in the same states.
+            rollout(1, Some(1.0), &[1, 2]),
+        ];
+        let found = of(&rollouts, &config(Method::Gigpo));
+        // Whole: ½, −½, 0. In state 1 returns ½, 0, ¼; in state 2 they are 1 and ½.
+        assert_eq!(found[0], Some(vec![0.5 + 0.25, 0.5 + 0.25]));
+        assert_eq!(found[1], Some(vec![-0.5 - 0.25, -0.5]));
+        assert_eq!(found[2], Some(vec![0.0, -0.25]));
+        assert_eq!(found[3], Some(vec![0.0, 0.0]));
+        let shared = credits(&rollouts[..3], &Divergence::default(), &config(Method::Gigpo)).anchored_share;
+        assert!((shared.unwrap() - 5.0 / 6.0).abs() < 1e-12);
+        let without = Config { step_weight: 0.0, ..config(Method::Gigpo) };
+        assert_eq!(of(&rollouts, &without), of(&rollouts, &config(Method::Identical)));
+    }
+
+    #[test]
+    fn with_the_prompt_as_anchor_another_history_is_another_state() {
+        let rollouts = [rollout(0, Some(1.0), &[1, 2]), rollout(0, Some(0.0), &[9, 2])];
+        let by_prompt = Config { anchor: Anchor::Prompt, ..config(Method::Gigpo) };
+        assert_eq!(of(&rollouts, &by_prompt), of(&rollouts, &config(Method::Identical)));
+        assert_eq!(of(&rollouts, &config(Method::Gigpo))[0], Some(vec![0.5, 1.0]));
+    }
+
+    #[test]
+    fn nothing_makes_no_nan() {
+        for method in [Method::Identical, Method::Hierarchical, Method::Gigpo] {
+            let config = Config { normalise_by_std: true, ..config(method) };
+            assert!(of(&[], &config).is_empty());
+            let found = of(&[rollout(0, Some(1.0), &[]), rollout(0, None, &[1]), rollout(0, Some(1.0), &[1])], &config);
+            assert_eq!(found, [Some(vec![]), None, Some(vec![0.0])]);
+        }
+    }
+}
