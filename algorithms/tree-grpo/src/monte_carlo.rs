@@ -1,0 +1,96 @@
+//! Values of states by continuations from them. Pure.
+
+use std::collections::BTreeMap;
+
+use fulgurite_credit::statistics::mean;
+use fulgurite_credit::steps;
+use fulgurite_policy_gradient::{Credit, Divergence, Rollout, rollout};
+use fulgurite_sdk::algorithm::trajectories::TransitionId;
+
+/// What the continuations from a call's state earned; those that were not graded are left out.
+pub type Outcomes = BTreeMap<TransitionId, Vec<f64>>;
+
+/// The credit of every call that is trained on, rollout by rollout: by how much the call changed what was to be expected. The
+/// state of the first call is that of all rollouts of the item, so the mean of the group is its value.
+#[must_use]
+pub fn credits(rollouts: &[Rollout], outcomes: &Outcomes, divergence: &Divergence) -> Vec<Option<Vec<Credit>>> {
+    let mut start = BTreeMap::new();
+    for (group, places) in rollout::groups(rollouts) {
+        let members = places.iter().filter_map(|place| rollouts.get(*place));
+        let rewards: Vec<f64> = members.filter_map(Rollout::shaped_reward).collect();
+        start.insert(group, if rewards.is_empty() { None } else { Some(mean(&rewards)) });
+    }
+    let of = |rollout: &Rollout| {
+        let total = rollout.shaped_reward()?;
+        let from_start = start.get(&rollout.group).copied().flatten();
+        let value = |(index, call): (usize, &rollout::Call)| {
+            if index == 0 {
+                from_start
+            } else {
+                outcomes.get(&call.id).filter(|all| !all.is_empty()).map(|all| mean(all))
+            }
+        };
+        let values: Vec<Option<f64>> = rollout.calls.iter().enumerate().map(value).collect();
+        let advantages = steps::monte_carlo(&values, total);
+        let trained = rollout.calls.iter().zip(advantages).filter(|(call, _)| call.is_trained);
+        Some(trained.map(|(call, advantage)| Credit::Call(advantage - divergence.of_call(&call.id))).collect())
+    };
+    rollouts.iter().map(of).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use fulgurite_policy_gradient::rollout::Call;
+    use fulgurite_sdk::algorithm::rollouts::{ItemId, RolloutId};
+
+    use super::*;
+
+    fn rollout(name: &str, reward: Option<f64>, calls: u64) -> Rollout {
+        let call = |index: u64| Call {
+            id: TransitionId(format!("{name}/{index}")),
+            event: index,
+            is_trained: true,
+            completion_tokens: 1,
+            policy_version: 0,
+            reward: 0.0,
+            prompt_hash: 0,
+            observation_hash: 0,
+        };
+        Rollout {
+            id: RolloutId(name.to_owned()),
+            item: ItemId(String::new()),
+            group: 0,
+            reward,
+            shaping: 0.0,
+            other_rewards: BTreeMap::new(),
+            is_malformed: false,
+            is_cut_off: false,
+            calls: (0..calls).map(call).collect(),
+        }
+    }
+
+    #[test]
+    fn a_call_is_worth_what_it_changed() {
+        let rollouts =
+            [rollout("a", Some(1.0), 2), rollout("b", Some(0.5), 2), rollout("c", None, 2), rollout("d", Some(0.0), 1)];
+        let outcomes = Outcomes::from([
+            (TransitionId("a/1".to_owned()), vec![1.0, 0.5]),
+            (TransitionId("b/1".to_owned()), vec![]),
+        ]);
+        let found = credits(&rollouts, &outcomes, &Divergence::default());
+        // From the start ½ is to be expected. The first call of `a` makes ¾ of it; of `b` nobody knows.
+        let call = Credit::Call;
+        let expected =
+            [Some(vec![call(0.25), call(0.25)]), Some(vec![call(0.0), call(0.0)]), None, Some(vec![call(-0.5)])];
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn calls_of_others_are_steps_too_and_not_trained() {
+        let mut one = rollout("a", Some(1.0), 2);
+        one.calls[0].is_trained = false;
+        let outcomes = Outcomes::from([(TransitionId("a/1".to_owned()), vec![0.25])]);
+        let found = credits(&[one, rollout("b", Some(0.0), 1)], &outcomes, &Divergence::default());
+        assert_eq!(found[0], Some(vec![Credit::Call(0.75)]));
+    }
+}
