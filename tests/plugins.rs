@@ -31,6 +31,36 @@ fn new_plugins_compile_and_say_what_they_are() {
     assert!(bad.stderr.contains("a-z"), "{}", bad.stderr);
 }
 
+/// The guide's algorithm is what `plugin new` writes, and learns as it says.
+#[test]
+fn the_algorithm_of_the_guide_is_the_one_that_is_written_and_it_trains() {
+    let bench = Bench::with_items(60, 60, 8);
+    bench.succeed(&["plugin", "new", "--kind", "algorithm", "my-algorithm"]);
+    let guide = std::fs::read_to_string(root().join("algorithms/GUIDE.md")).unwrap();
+    let (_, code) = guide.split_once("```rust\n").unwrap();
+    let (code, _) = code.split_once("```\n").unwrap();
+    assert_eq!(code, bench.read("my-algorithm/src/lib.rs"));
+    assert!(code.split("#[cfg(test)]").next().unwrap().lines().count() <= 100, "it has grown");
+
+    let mut build = bench.command(&["build", "my-algorithm"]);
+    let built = build.env("CARGO_TARGET_DIR", root().join("target/new-plugins")).output().unwrap();
+    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+    let component = String::from_utf8(built.stdout).unwrap();
+    let config = bench.read("run.toml");
+    let (head, rest) = config.split_once("[[stage]]\nname = \"grpo\"").unwrap();
+    let (_, tail) = rest.split_once("[[baseline]]").unwrap();
+    let stage = format!(
+        "[[stage]]\nname = \"mine\"\nalgorithm = \"{}\"\ndataset = \"rooms\"\n[stage.config]\nsteps = 2\nrollouts_per_step = 8\n\n",
+        component.trim()
+    );
+    bench.write("run.toml", &format!("{head}{stage}[[baseline]]{tail}"));
+    let result = bench.succeed(&["train", "run.toml", "--run", "a", "--output", "json"]).json();
+    assert_eq!((&result["stages"][1]["steps"], &result["stages"][1]["rollouts"]), (&2.into(), &16.into()));
+    let rows = bench.read("a/metrics.jsonl");
+    let last: serde_json::Value = serde_json::from_str(rows.lines().last().unwrap()).unwrap();
+    assert!(last["scalars"]["entropy"].as_f64().unwrap() > 0.0 && last["scalars"]["reward_mean"].is_number(), "{last}");
+}
+
 #[test]
 fn check_tells_world_versions_imports_and_limits() {
     let bench = Bench::new();

@@ -44,6 +44,8 @@ struct State {
     critic_gradient: Option<Vec<f64>>,
     pool: Pool,
     views: Vec<TrajectoryView>,
+    /// Version of the policy that they were last told to: each step is told once.
+    served: Option<u64>,
     loss: f64,
     version: u64,
     critic_steps: usize,
@@ -93,7 +95,10 @@ impl TableHost {
         self.state.lock().unwrap().scalars.clone()
     }
 
-    fn with<T: Send + 'static>(&self, answer: impl FnOnce(&mut State) -> Result<T, AlgorithmHostError>) -> Verb<'_, T> {
+    fn with<T: Send>(&self, answer: impl FnOnce(&mut State) -> Result<T, AlgorithmHostError>) -> Verb<'_, T>
+    where
+        T: 'static,
+    {
         let answer = answer(&mut self.state.lock().unwrap());
         Box::pin(std::future::ready(answer))
     }
@@ -182,7 +187,10 @@ fn build(case: &Case, variation: &Variation, state: &mut State) {
             item_id: format!("item-{}", rollout.group),
             outcome: OutcomeKind::Completed,
             graded: true,
-            rewards: rollout.rewards.iter().map(|(dimension, value)| reward(dimension, *value, None)).collect(),
+            // All of them, those of calls included, as the real host tells.
+            rewards: (rollout.rewards.iter().map(|(dimension, value)| reward(dimension, *value, None)))
+                .chain(transitions.iter().flat_map(|transition| transition.rewards.clone()))
+                .collect(),
             transitions: transitions.iter().map(view).collect(),
         });
         for transition in transitions {
@@ -213,6 +221,8 @@ fn view(transition: &Transition) -> TransitionView {
         trainable: true,
         log_prob_sum: transition.log_prob_sum(),
         policy_version: transition.policy_version(),
+        prompt_hash: transition.prompt_hash(),
+        observation_hash: transition.observation_hash(),
         rewards: transition.rewards.clone(),
         text: transition.text.clone(),
     }
@@ -251,7 +261,11 @@ impl AlgorithmHost for TableHost {
     }
 
     fn await_batch(&self, _: u64, _: WaitFor, _: Option<u64>) -> Verb<'_, Vec<TrajectoryView>> {
-        self.with(|state| Ok(std::mem::take(&mut state.views)))
+        self.with(|state| {
+            let is_new = state.served != Some(state.version);
+            state.served = Some(state.version);
+            Ok(if is_new { state.views.clone() } else { vec![] })
+        })
     }
 
     fn carry(&self, _: u64, _: Vec<u64>) -> Verb<'_, ()> {
@@ -347,9 +361,9 @@ impl AlgorithmHost for TableHost {
     fn optimiser_step(&self, model: ModelReference, _: OptimiserStep) -> Verb<'_, OptimiserReport> {
         self.with(|state| {
             if is_critic(&model) {
-                self.step_critic(state)?;
+                self.step_critic(state)?
             } else {
-                self.step_policy(state)?;
+                self.step_policy(state)?
             }
             Ok(OptimiserReport { gradient_norm: 1.0, skipped: false, policy_version: PolicyVersion(state.version) })
         })

@@ -10,18 +10,18 @@ use fulgurite_sdk::algorithm::trajectories::Trajectory;
 
 /// What a step trains on.
 #[derive(Debug)]
-pub struct Gathered {
+pub(crate) struct Gathered {
     /// Rollouts of whole groups, each with the number of its group, which is its own over all batches.
-    pub rollouts: Vec<(usize, Trajectory)>,
+    pub(crate) rollouts: Vec<(usize, Trajectory)>,
     /// How many of them the step before had carried over.
-    pub carried_in: usize,
+    pub(crate) carried_in: usize,
     /// Rollouts that are carried over to the next step.
-    pub carried_out: usize,
+    pub(crate) carried_out: usize,
 }
 
 /// When training starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Start {
+pub(crate) enum Start {
     /// When all rollouts have ended.
     All,
     /// When so many of the new ones have, and a whole group is there.
@@ -30,7 +30,7 @@ pub enum Start {
 
 impl Start {
     /// A share of so many rollouts. The last step waits for all: there is no later one that could train on the rest.
-    pub fn of(share: f64, rollouts: usize, is_last: bool) -> Self {
+    pub(crate) fn of(share: f64, rollouts: usize, is_last: bool) -> Self {
         if share >= 1.0 || is_last {
             return Self::All;
         }
@@ -44,7 +44,7 @@ impl Start {
 ///
 /// # Errors
 /// When the host refuses a verb.
-pub fn gather(groups: &[Group], size: usize, start: Start) -> Result<Gathered, AlgorithmError> {
+pub(crate) fn gather(groups: &[Group], size: usize, start: Start) -> Result<Gathered, AlgorithmError> {
     let carried = rollouts::carried()?;
     let fresh = rollouts::enqueue(groups)?;
     let mut ended = match start {

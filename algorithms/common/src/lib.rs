@@ -28,7 +28,6 @@ mod update;
 
 pub use draw::Draw;
 pub use flat::Flat;
-pub use gather::Start;
 pub use learner::{Learner, State};
 pub use reference::Divergence;
 pub use rollout::Rollout;
