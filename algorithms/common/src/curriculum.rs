@@ -28,13 +28,14 @@ pub(crate) fn items(curriculum: &Curriculum, latest: &Latest, count: u32, step: 
         if missing == 0 {
             break;
         }
-        for item in rollouts::next_items(Split::Train, missing)? {
-            let id = item.id().0;
+        let offered = rollouts::next_items(Split::Train, missing)?;
+        let ids: Vec<String> = offered.iter().map(|item| item.id().0).collect();
+        let mut draw = Draw::new("curriculum", step, ids.iter().map(String::as_str));
+        for (item, id) in offered.into_iter().zip(ids) {
             let chance = pools.acceptance(latest.get(&id).copied());
             // Where the dataset ends and begins anew, an item could be in a step twice.
             let is_new = taken.iter().all(|other| other.id().0 != id);
-            let drawn = Draw::new("curriculum", step, [id.as_str()]).unit();
-            if round == ROUNDS_MAX || (is_new && drawn < chance) {
+            if (draw.unit() < chance && is_new) || round == ROUNDS_MAX {
                 taken.push(item);
             }
         }

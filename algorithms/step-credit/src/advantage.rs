@@ -43,7 +43,7 @@ pub fn credits(rollouts: &[Rollout], divergence: &Divergence, config: &Config) -
                 let states: Vec<Vec<Visit<u64>>> = members
                     .iter()
                     .zip(&of_group)
-                    .map(|(rollout, returns)| visited(rollout, returns, config.anchor))
+                    .map(|(rollout, returns)| visited(rollout, returns.as_ref(), config.anchor))
                     .collect();
                 shared += count_shared(&states);
                 visits += states.iter().map(Vec::len).sum::<usize>();
@@ -70,12 +70,12 @@ fn step_returns(rollout: &Rollout, divergence: &Divergence, discount: f64) -> Op
 }
 
 /// The states in which a rollout's calls were made; nothing of one that was not graded.
-fn visited(rollout: &Rollout, returns: &Option<Vec<f64>>, anchor: Anchor) -> Vec<Visit<u64>> {
+fn visited(rollout: &Rollout, returns: Option<&Vec<f64>>, anchor: Anchor) -> Vec<Visit<u64>> {
     let state = |call: &rollout::Call| match anchor {
         Anchor::Observation => call.observation_hash,
         Anchor::Prompt => call.prompt_hash,
     };
-    let of_calls = returns.iter().flatten().zip(rollout.trained());
+    let of_calls = returns.into_iter().flatten().zip(rollout.trained());
     of_calls.map(|(value, call)| Visit { anchor: state(call), value: *value }).collect()
 }
 
