@@ -129,6 +129,10 @@ fn an_adapter_is_exported_merged_and_gone_on_from() {
     assert_eq!(tensors("adapter"), tensors("a/policies/grpo"));
     let settings: Value = serde_json::from_str(&bench.read("adapter/adapter_config.json")).unwrap();
     assert_eq!((&settings["r"], &settings["lora_alpha"]), (&4.into(), &6.0.into()));
+    assert!(
+        settings.as_object().unwrap().values().all(|value| !value.is_null()),
+        "PEFT stumbles over nulls: {settings}"
+    );
     assert!(settings["base_model_name_or_path"].as_str().unwrap().ends_with("/model"), "{settings}");
     bench.succeed(&["policy", "export", "a/policies/sft", "--adapter", "other", "--to", "other"]);
     assert_ne!(tensors("other"), tensors("adapter"));

@@ -2,7 +2,8 @@
 //! trainer, on a policy whose log-probs are its parameters. What is checked are loss and d loss / d log-prob of every token.
 //!
 //! `vectors/losses.json` has settings of the host's loss (ALGORITHMS.md section 16, and more), `vectors/plugins/` whole
-//! algorithms: add a file there, and it runs.
+//! algorithms: add a file there, and it runs. Expected numbers were computed by a program of its own from the formulas, with
+//! derivatives by differences; they agree with those that ALGORITHMS.md prints.
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test that cannot go on has failed")]
 

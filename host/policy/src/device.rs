@@ -144,6 +144,8 @@ impl PolicyDevice {
     }
 }
 
+type FindDevices = fn() -> Result<Vec<Device>, String>;
+
 /// GPUs of one kind.
 struct GpuKind {
     /// The feature of this crate that has them.
@@ -151,7 +153,7 @@ struct GpuKind {
     /// What to say where there are none.
     missing: &'static str,
     /// Asks burn for them; `None` in a build without the feature.
-    all: Option<fn() -> Result<Vec<Device>, String>>,
+    all: Option<FindDevices>,
 }
 
 const CUDA: GpuKind = GpuKind {

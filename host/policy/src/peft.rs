@@ -17,7 +17,8 @@ pub(crate) const CONFIG: &str = "adapter_config.json";
 /// Tensors, in PEFT's names and layout.
 pub(crate) const MODEL: &str = "adapter_model.safetensors";
 
-/// The part of PEFT's settings that says what is computed. What must have one value is checked to have it.
+/// The part of PEFT's settings that says what is computed. What must have one value is checked to have it. What has none is left
+/// out: PEFT looks into some of these fields and does not expect a null there.
 #[derive(Debug, Serialize, Deserialize)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a switch of its own in PEFT's file")]
 struct ConfigFile {
@@ -40,13 +41,13 @@ struct ConfigFile {
     use_dora: bool,
     #[serde(default)]
     inference_mode: bool,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     modules_to_save: Option<Vec<String>>,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     rank_pattern: Option<serde_json::Map<String, serde_json::Value>>,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     alpha_pattern: Option<serde_json::Map<String, serde_json::Value>>,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     layers_to_transform: Option<serde_json::Value>,
 }
 

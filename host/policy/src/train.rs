@@ -170,7 +170,7 @@ pub(crate) fn check_rows_within(
         }
         for (at, id) in row.ids.iter().enumerate() {
             let Some(kept) = row.kept.at(at) else { continue };
-            if kept.last().is_some_and(|last| *last as usize >= shape.vocabulary) || kept.binary_search(id).is_err() {
+            if kept.last().is_some_and(|last| *last as usize >= vocabulary) || kept.binary_search(id).is_err() {
                 return refuse("a token is not among those that were kept, or one of these is outside the vocabulary");
             }
         }

@@ -197,7 +197,7 @@ impl Rehearsed {
         let seconds = SHARE * self.run_seconds(config);
         // As many rollouts as live at once: they take the memory.
         let of_one: f64 = ["sampled", "greedy"].iter().map(|kind| self.measured.evaluation_seconds(kind, 1)).sum();
-        let affordable = (EVALUATION_SHARE * seconds / of_one.max(1e-9)) as usize;
+        let affordable = usize::try_from(fitting(EVALUATION_SHARE * seconds, of_one)).unwrap_or(usize::MAX);
         length.rollouts = config.rollout.live_max.min(affordable).max(EVALUATION_ROLLOUTS);
         let step_seconds = |name: &str| self.measured.step_seconds(name).unwrap_or(0.0);
         let shortest: f64 = length.steps.iter().map(|(name, steps)| *steps as f64 * step_seconds(name)).sum();
@@ -208,13 +208,19 @@ impl Rehearsed {
         let built_upon = config.stage.split_last().map(|(_, before)| before).unwrap_or_default();
         for stage in built_upon {
             let (Some(steps), Some(own)) = (length.steps.get_mut(&stage.name), steps_of(stage)) else { continue };
-            let affordable = (left / step_seconds(&stage.name).max(1e-9)) as u64;
+            let affordable = fitting(left, step_seconds(&stage.name));
             let more = affordable.min((own / STEPS_DIVISOR).saturating_sub(*steps));
             *steps += more;
             left -= more as f64 * step_seconds(&stage.name);
         }
         Some(length)
     }
+}
+
+/// How often something that takes so many seconds fits into others.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "what does not fit the integer is its end")]
+fn fitting(seconds: f64, each: f64) -> u64 {
+    (seconds / each.max(1e-9)) as u64
 }
 
 fn steps_of(stage: &StageConfig) -> Option<u64> {

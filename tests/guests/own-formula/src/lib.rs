@@ -6,7 +6,9 @@
 
 use std::collections::BTreeMap;
 
-use fulgurite_sdk::algorithm::policy::{self, Entry, Forward, Gradient, Loss, Model, OptimiserStep, Stream};
+use fulgurite_sdk::algorithm::policy::{
+    self, Correction, CorrectionRule, Entry, Forward, Gradient, Loss, Model, OptimiserStep, RatioLevel, Stream,
+};
 use fulgurite_sdk::algorithm::rollouts::{self, Group, Split};
 use fulgurite_sdk::algorithm::trajectories::{Trajectory, TransitionId};
 use fulgurite_sdk::algorithm::{Algorithm, AlgorithmError, Progress, metrics};
@@ -123,7 +125,14 @@ impl OwnFormula {
         let ids: Vec<TransitionId> = calls.iter().map(|(id, _)| id.clone()).collect();
         let entries: Vec<Entry> =
             calls.iter().map(|(id, advantage)| Entry::new(id.clone(), Stream::Rl, narrow(*advantage))).collect();
-        let loss = Loss::new().ppo(self.config.clip.0, self.config.clip.1, None);
+        // Anchors are what drew, so every weight is 1; were they anything else, the mask would drop whole rollouts.
+        policy::anchor(&Model::Policy, &ids)?;
+        let correction = Correction {
+            level: RatioLevel::SequenceSum,
+            rule: CorrectionRule::Mask(0.999, 1.001),
+            batch_normalise: true,
+        };
+        let loss = Loss::new().ppo(self.config.clip.0, self.config.clip.1, None).correction(correction);
         let still = OptimiserStep::new(0.0);
         let moving = OptimiserStep::new(self.config.learning_rate);
         let old = policy::forward(&Model::Policy, &ids)?;
