@@ -27,19 +27,18 @@ const STAGES: [(&str, &str, &str, &str); 10] = [
     ),
     ("rloo", "rloo", "mini_batches = 2\nupdates_per_step = 2", "clip_fraction"),
     ("dapo", "grpo", "variant = \"dapo\"\noverlong_tokens_max = 32\noverlong_cache_tokens = 16", "resample_rounds"),
-    ("gspo", "grpo", "variant = \"gspo\"\nmini_batches = 2", "clip_fraction"),
-    ("curriculum", "grpo", "variant = \"cispo\"\n[stage.config.curriculum]\neasy_weight = 0.0", "gradient_norm"),
+    ("gspo", "grpo", "variant = \"gspo\"\nmini_batches = 2\nupdates_per_step = 2", "clip_fraction"),
+    ("curriculum", "grpo", "variant = \"cispo\"\n[control.config.curriculum]\neasy_weight = 0.0", "gradient_norm"),
     ("ppo", "ppo", "mini_batches = 2", "critic_gradient_norm"),
     ("gigpo", "step_credit", "", "anchored_share"),
     ("tree", "tree_grpo", "group_size = 2\nrounds = 2", "forks"),
     ("monte-carlo", "tree_grpo", "group_size = 4\nmethod = \"monte-carlo\"\nforks_per_state = 2", "estimates"),
 ];
 
-/// A run whose policy has learned enough that rewards differ, with a stage of each.
+/// A run whose policy has learned enough that rewards differ, and from there on a stage of each.
 fn bench() -> Bench {
-    let bench = Bench::with_items(400, 2_000, 8);
-    bench.replace("steps = 6\nbatch_size = 16", "steps = 120\nbatch_size = 64");
-    bench.replace("learning_rate = 1e-3", "learning_rate = 2e-3");
+    let bench = Bench::with_items(400, 4_000, 8);
+    bench.replace("steps = 6\nbatch_size = 16", "steps = 220\nbatch_size = 64");
     bench.replace("sampled_rollouts = 24\ngreedy_rollouts = 24", "sampled_rollouts = 8\ngreedy_rollouts = 1");
     bench.replace("every_steps = 2", "every_steps = 1");
     bench.replace("[policy.local.tokenizer]", "[policy.local.critic]\n[policy.local.tokenizer]");
@@ -49,8 +48,8 @@ fn bench() -> Bench {
         let size = if config.contains("group_size") { "" } else { "group_size = 4\n" };
         writeln!(
             text,
-            "[[stage]]\nname = \"{name}\"\nalgorithm = \"{}\"\ndataset = \"rooms\"\n[stage.config]\nsteps = {STEPS}\n\
-             groups_per_step = 6\n{size}{config}\n",
+            "[[control]]\nname = \"{name}\"\nalgorithm = \"{}\"\ndataset = \"rooms\"\nstart_from = \"sft\"\n\
+             [control.config]\nsteps = {STEPS}\ngroups_per_step = 6\nlearning_rate = 1e-4\n{size}{config}\n",
             component(plugin)
         )
         .unwrap();
@@ -69,7 +68,7 @@ fn every_plugin_trains_and_a_killed_run_ends_where_a_whole_one_ends() {
     let whole = bench.succeed(&["train", "run.toml", "--run", "whole", "--output", "json"]).json();
     let rows = rows(&bench, "whole");
     for (place, (name, _, _, metric)) in STAGES.iter().enumerate() {
-        let stage = &whole["stages"][place + 1];
+        let stage = &whole["controls"][place];
         assert_eq!((&stage["name"], &stage["failed"]), (&(*name).into(), &0.into()), "{stage}");
         let steps: Vec<&Value> = rows.iter().filter(|row| row["stage"] == *name).collect();
         assert_eq!(steps.len(), STEPS, "{name}");
@@ -87,21 +86,19 @@ fn every_plugin_trains_and_a_killed_run_ends_where_a_whole_one_ends() {
             assert!(trained["scalars"][metric].is_number(), "{name}: no {metric} in {trained}");
         }
     }
-    // The critic's state, and a tree of forks.
-    for stage in ["ppo", "tree"] {
-        kill_in(&bench, stage);
-        let resumed = bench.succeed(&["train", "run.toml", "--run", stage, "--resume", "--output", "json"]).json();
-        assert_eq!(bench.read("whole/metrics.jsonl"), bench.read(&format!("{stage}/metrics.jsonl")), "{stage}");
-        for place in 0..=STAGES.len() {
-            assert_eq!(whole["stages"][place]["weights"], resumed["stages"][place]["weights"], "{stage}");
-        }
+    // Killed in the midst of the critic's stage, and again in that of the forks.
+    kill_in(&bench, &["train", "run.toml", "--run", "killed"], "ppo");
+    kill_in(&bench, &["train", "run.toml", "--run", "killed", "--resume"], "tree");
+    let resumed = bench.succeed(&["train", "run.toml", "--run", "killed", "--resume", "--output", "json"]).json();
+    assert_eq!(bench.read("whole/metrics.jsonl"), bench.read("killed/metrics.jsonl"));
+    for place in 0..STAGES.len() {
+        assert_eq!(whole["controls"][place]["weights"], resumed["controls"][place]["weights"]);
     }
 }
 
-/// Trains in a folder of the stage's name and kills the run when the stage has made its first step.
-fn kill_in(bench: &Bench, stage: &str) {
-    let mut command = bench.command(&["train", "run.toml", "--run", stage]);
-    let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+/// Kills a run when the stage has made its first step.
+fn kill_in(bench: &Bench, arguments: &[&str], stage: &str) {
+    let mut child = bench.command(arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);
     assert!(lines.any(|line| line.starts_with(&format!("{stage} step 0"))), "{stage} never came");
     child.kill().unwrap();
