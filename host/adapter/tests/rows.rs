@@ -167,6 +167,11 @@ fn observed_tokens_are_those_that_no_earlier_call_covers() {
     // Agent lightning's ECHO: policy gradient on what was drawn, cross-entropy on what the tools answered.
     let calls = of_calls(&[(&[1, 2], &[3]), (&[1, 2, 3, 4, 5], &[6])]);
     assert_eq!(calls.iter().map(Transition::observed_tokens).collect::<Vec<_>>(), [2, 2]);
+    // Equal observations after different histories: the states of GiGPO.
+    let other = of_calls(&[(&[1, 7], &[3]), (&[1, 7, 3, 4, 5], &[6])]);
+    assert_eq!(calls[1].observation_hash(), other[1].observation_hash());
+    assert_ne!(calls[1].prompt_hash(), other[1].prompt_hash());
+    assert_eq!(calls[0].prompt_hash(), calls[0].observation_hash());
     let ce = |call: usize, weights| entry(&calls[call], Stream::Ce, Scope::Observed, weights);
     let batch = Sequence {
         entries: vec![
