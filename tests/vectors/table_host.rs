@@ -95,10 +95,7 @@ impl TableHost {
         self.state.lock().unwrap().scalars.clone()
     }
 
-    fn with<T: Send>(&self, answer: impl FnOnce(&mut State) -> Result<T, AlgorithmHostError>) -> Verb<'_, T>
-    where
-        T: 'static,
-    {
+    fn with<T: Send + 'static>(&self, answer: impl FnOnce(&mut State) -> Result<T, AlgorithmHostError>) -> Verb<'_, T> {
         let answer = answer(&mut self.state.lock().unwrap());
         Box::pin(std::future::ready(answer))
     }
@@ -361,9 +358,9 @@ impl AlgorithmHost for TableHost {
     fn optimiser_step(&self, model: ModelReference, _: OptimiserStep) -> Verb<'_, OptimiserReport> {
         self.with(|state| {
             if is_critic(&model) {
-                self.step_critic(state)?
+                self.step_critic(state)?;
             } else {
-                self.step_policy(state)?
+                self.step_policy(state)?;
             }
             Ok(OptimiserReport { gradient_norm: 1.0, skipped: false, policy_version: PolicyVersion(state.version) })
         })

@@ -30,6 +30,8 @@ pub struct Config {
     pub learning_rate: f64,
     /// The ratio is kept within 1 minus and plus these.
     pub clip: (f32, f32),
+    /// Whether rewards are 1 and 0 in turns, whatever the rollouts did: a policy with random weights earns none.
+    pub alternates: bool,
     /// PPO's value loss instead: returns of all tokens, and bound of the change of values.
     pub value_loss: Option<(f32, f32)>,
 }
@@ -43,6 +45,7 @@ impl Default for Config {
             updates: 2,
             learning_rate: 1e-3,
             clip: (0.2, 0.28),
+            alternates: false,
             value_loss: None,
         }
     }
@@ -89,21 +92,20 @@ impl Algorithm for OwnFormula {
     }
 }
 
-/// (R − mean) / (deviation + 1e-4) with the deviation over n − 1; 0 where all are equal.
-fn advantages(ended: &[Trajectory]) -> Vec<f64> {
+/// (R − mean) / (deviation + 1e-4) with the deviation over n − 1; 0 where all are equal. Rewards come with their group.
+fn advantages(rewards: &[(usize, f64)]) -> Vec<f64> {
     let mut groups: BTreeMap<usize, Vec<f64>> = BTreeMap::new();
-    let reward = |trajectory: &Trajectory| trajectory.total("reward").unwrap_or(0.0);
-    for trajectory in ended {
-        groups.entry(trajectory.group()).or_default().push(reward(trajectory));
+    for (group, reward) in rewards {
+        groups.entry(*group).or_default().push(*reward);
     }
-    let advantage = |trajectory: &Trajectory| {
-        let rewards = groups.get(&trajectory.group()).map(Vec::as_slice).unwrap_or_default();
+    let advantage = |(group, reward): &(usize, f64)| {
+        let rewards = groups.get(group).map(Vec::as_slice).unwrap_or_default();
         let count = rewards.len() as f64;
         let mean = rewards.iter().sum::<f64>() / count;
         let variance = rewards.iter().map(|reward| (reward - mean).powi(2)).sum::<f64>() / (count - 1.0);
-        if variance > 0.0 { (reward(trajectory) - mean) / (variance.sqrt() + 1e-4) } else { 0.0 }
+        if variance > 0.0 { (reward - mean) / (variance.sqrt() + 1e-4) } else { 0.0 }
     };
-    ended.iter().map(advantage).collect()
+    rewards.iter().map(advantage).collect()
 }
 
 fn empty(transition: &TransitionId) -> Gradient {
@@ -117,7 +119,13 @@ fn narrow(value: f64) -> f32 {
 
 impl OwnFormula {
     fn train_policy(&self, ended: &[Trajectory]) -> Result<(), AlgorithmError> {
-        let of_rollout = ended.iter().zip(advantages(ended));
+        let reward = |(place, trajectory): (usize, &Trajectory)| {
+            let earned = trajectory.total("reward").unwrap_or(0.0);
+            let in_turns = if place % 2 == 0 { 1.0 } else { 0.0 };
+            (trajectory.group(), if self.config.alternates { in_turns } else { earned })
+        };
+        let rewards: Vec<(usize, f64)> = ended.iter().enumerate().map(reward).collect();
+        let of_rollout = ended.iter().zip(advantages(&rewards));
         let calls = of_rollout.flat_map(|(trajectory, advantage)| {
             trajectory.transitions().into_iter().map(move |transition| (transition.id(), advantage))
         });
