@@ -10,7 +10,7 @@ use fulgurite_core::algorithm::{
 };
 use fulgurite_core::dataset::Split;
 use fulgurite_core::id::{PolicyVersion, RolloutId, TransitionId};
-use fulgurite_core::llm::{Message, Sampling, TokenData};
+use fulgurite_core::llm::{KeptTokens, Message, Sampling, TokenData};
 use fulgurite_core::outcome::OutcomeKind;
 use fulgurite_core::reward::{Reward, RewardSource};
 use fulgurite_core::training::{
@@ -159,6 +159,7 @@ fn build(case: &Case, variation: &Variation, state: &mut State) {
                 processed_log_probs: vec![],
                 policy_version: PolicyVersion(0),
                 token_versions: vec![],
+                kept: KeptTokens::default(),
             };
             let is_demonstration = call.log_probs.is_empty();
             assert!(!is_demonstration, "a call has at least one token");
