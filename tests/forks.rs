@@ -153,6 +153,31 @@ fn an_algorithm_estimates_with_forks_that_are_never_trained_on_and_trains_on_tho
 }
 
 #[test]
+fn estimates_and_prefixes_are_explained() {
+    let bench = forking_run();
+    bench.succeed(&["train", "run.toml", "--run", "run"]);
+    let list =
+        bench.succeed(&["rollouts", "list", "--run", "run", "--stage", "forks", "--limit", "1000", "--output", "json"]);
+    let forks: Vec<Value> =
+        lines(&list.stdout).into_iter().filter(|row| !row["rollout"]["spec"]["fork_of"].is_null()).collect();
+    let (mut estimates, mut trained) = (0, 0);
+    for fork in forks {
+        let spec = &fork["rollout"]["spec"];
+        let rollout = spec["id"].as_str().unwrap();
+        let found = bench.succeed(&["explain", rollout, "--run", "run", "--output", "json"]).json();
+        let codes: Vec<&str> =
+            found["reasons"].as_array().unwrap().iter().map(|r| r["code"].as_str().unwrap()).collect();
+        assert!(codes.contains(&"prefix"), "{found}");
+        let used = !found["updates"].as_array().unwrap().is_empty();
+        assert_eq!(codes.contains(&"estimate"), spec["mode"] == "val", "{found}");
+        assert!(!(used && spec["mode"] == "val"), "{found}");
+        estimates += usize::from(spec["mode"] == "val");
+        trained += usize::from(used);
+    }
+    assert!(estimates > 0 && trained > 0, "{estimates} estimates, {trained} trained forks");
+}
+
+#[test]
 fn a_run_that_forks_gives_the_same_bytes_again() {
     let bench = forking_run();
     bench.succeed(&["train", "run.toml", "--run", "a"]);

@@ -194,6 +194,19 @@ fn a_step_starts_without_its_straggler_and_the_next_one_trains_on_it() {
     bench.succeed(&["train", "run.toml", "--run", "run"]);
     nothing_is_lost(&bench);
     same(calls_behind(&scalars(&bench)[1]), SIZE as f64);
+    // What was late says so: the first step carried it over, the second was given it and used it.
+    let explained = (0..ROLLOUTS).map(|number| {
+        let rollout = format!("grpo-00000-{number:04}");
+        bench.succeed(&["explain", &rollout, "--run", "run", "--output", "json"]).json()
+    });
+    let late: Vec<Value> = explained.filter(|found| found["carried_by"] == serde_json::json!([0])).collect();
+    assert_eq!(late.len(), SIZE, "{late:?}");
+    for found in late {
+        let given = found["given"].as_array().unwrap();
+        assert_eq!(given.last().unwrap()["step"], 1, "{found}");
+        assert_eq!(found["calls"][0]["uses"][0]["step"], 1, "{found}");
+        assert_eq!(found["reasons"], serde_json::json!([]));
+    }
 }
 
 #[test]

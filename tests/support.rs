@@ -34,6 +34,62 @@ impl Bench {
         bench
     }
 
+    /// A config whose agent does what each item's program says, which the grader likes whatever it was, and which trains by GRPO
+    /// for a few small steps. `stage` is added to the config of the stage, `more` to the whole; `items` are programs and worlds.
+    pub(crate) fn programmed(items: &[(&str, &str)], stage: &str, more: &str) -> Self {
+        let bench = Self::with_items(20, 20, 2);
+        let config = format!(
+            r#"
+name = "programmed"
+[agent]
+component = "{agent}"
+[grader]
+component = "{grader}"
+[dataset.items]
+train = "items.jsonl"
+test = "held-out.jsonl"
+[dataset.demonstrations]
+train = "demonstrations.jsonl"
+[policy.local.model]
+preset = "tiny"
+context_tokens_max = 256
+[policy.local.tokenizer]
+corpus = ["demonstrations"]
+vocab_size = 384
+[rollout.sampling]
+max_tokens = 8
+[evaluation]
+dataset = "items"
+sampled_rollouts = 2
+greedy_rollouts = 2
+{more}
+[[stage]]
+name = "grpo"
+algorithm = "{algorithm}"
+dataset = "items"
+[stage.config]
+steps = 2
+groups_per_step = 2
+group_size = 4
+{stage}
+"#,
+            agent = component("nasty_agent"),
+            grader = component("nasty_grader"),
+            algorithm = component("grpo"),
+        );
+        bench.write("run.toml", &config);
+        let item = |name: &str, number: usize, program: &str, world: &str| {
+            format!(
+                "{{\"id\":\"{name}-{number}\",\"input\":{{\"behaviour\":\"program\",\"program\":[{program}]}},\"world\":{world},\"reference\":{{}}}}\n"
+            )
+        };
+        let train = items.iter().enumerate().map(|(number, (program, world))| item("item", number, program, world));
+        bench.write("items.jsonl", &train.collect::<String>());
+        bench
+            .write("held-out.jsonl", &(0..2).map(|number| item("test", number, r#""chat""#, "{}")).collect::<String>());
+        bench
+    }
+
     /// Trains in the folder `run` and kills it after so many lines of progress.
     pub(crate) fn train_until(&self, run: &str, lines: usize) {
         let arguments = ["train", "run.toml", "--run", run];

@@ -23,7 +23,7 @@ pub struct Config {
     pub sections: Sections,
     /// γ, per token that the policy draws, 0 to 1; tool results do not count. 1.
     pub discount: f64,
-    /// λ, 0 to 1. 0.95.
+    /// λ, 0 to 1. 1: a critic that knows nothing yet then keeps no reward from early calls.
     pub lambda: f64,
     /// Whether advantages are whitened over all tokens of the step. True.
     pub whiten: bool,
@@ -43,7 +43,7 @@ impl Default for Config {
         Self {
             sections: Sections::default(),
             discount: 1.0,
-            lambda: 0.95,
+            lambda: 1.0,
             whiten: true,
             truncation: Truncation::Bootstrap,
             critic_learning_rate: 1e-3,

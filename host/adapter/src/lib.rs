@@ -38,14 +38,20 @@
 //! # Ok::<(), fulgurite_adapter::AdapterError>(())
 //! ```
 
+mod attach;
 mod credit;
 mod error;
+mod fit;
 mod pool;
 mod rows;
+pub mod terms;
 mod transition;
 
+pub use attach::{Attachment, MissingCall, RewardAttachment};
 pub use credit::{ACCEPTED_BY_DEFAULT, accepted, total_reward};
 pub use error::AdapterError;
+pub use fit::{Fit, LongRow, RowTooLong, fit};
 pub use pool::Pool;
-pub use rows::{DroppedSequence, Rows, Sequence, rows, rows_that_fit};
+pub use rows::{DroppedSequence, Placement, RowStart, Rows, Sequence, placements, rows, rows_that_fit};
+pub use terms::{InvalidTerm, RewardTerms};
 pub use transition::{Trajectory, Transition, of_roles, transitions};

@@ -76,8 +76,11 @@ impl Pool {
         let mut sequences: BTreeMap<&str, Sequence> = BTreeMap::new();
         for entry in batch {
             let held = self.get(&entry.transition)?;
-            if let Some(reason) = &held.transition.not_trainable {
-                let problem = format!("transition `{}` cannot be trained on: {reason:?}", entry.transition);
+            if !held.transition.is_trainable() {
+                let reason = held.transition.not_trainable.as_ref();
+                let reason = reason
+                    .map_or_else(|| "all of it is beyond `rollout.row_tokens_max`".to_owned(), |r| format!("{r:?}"));
+                let problem = format!("transition `{}` cannot be trained on: {reason}", entry.transition);
                 return Err(AlgorithmHostError::InvalidArgument(problem));
             }
             let sequence = sequences.entry(&held.sequence).or_default();

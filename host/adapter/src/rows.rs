@@ -94,6 +94,7 @@ struct Part<'a> {
     /// Number of the call in its sequence.
     call: u32,
     group: Option<u64>,
+    stream: Stream,
     transition: &'a Transition,
     tokens: &'a TokenData,
     anchor: Option<&'a [f32]>,
@@ -101,36 +102,88 @@ struct Part<'a> {
     observed: Option<&'a Weights>,
 }
 
-/// Rows of one sequence, each with its last transition. A row without a trained token carries nothing and is left out.
-fn sequence_rows(sequence: &Sequence, number: u32) -> Result<Vec<(TrainingRow, TransitionId)>, AdapterError> {
-    let mut rows = Vec::new();
-    for stream in [Stream::Rl, Stream::Ce, Stream::RefKl] {
-        let mut of_stream: Vec<(TrainingRow, TransitionId)> = Vec::new();
+/// Where a call went.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Placement {
+    /// Which call.
+    pub transition: TransitionId,
+    /// In which stream.
+    pub stream: Stream,
+    /// Its row, as a place in the list that comes with it.
+    pub row: usize,
+    /// Why it is in that row.
+    pub start: RowStart,
+    /// Where in the row its drawn tokens begin; what it was shown is before that.
+    pub completion_from: usize,
+    /// Its drawn tokens.
+    pub completion_tokens: usize,
+}
+
+/// Why a call is in its row.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RowStart {
+    /// It is the first of its stream.
+    First,
+    /// Its prompt repeats all that the row holds.
+    Continues,
+    /// No row goes on: its prompt differs from the one that it has most in common with.
+    PromptDiffers {
+        /// That row.
+        row: usize,
+        /// The first token that differs, in both.
+        at: usize,
+    },
+    /// It would go on in this row, which other weights drew.
+    OtherWeights {
+        /// That row.
+        row: usize,
+    },
+    /// It would go on in this row, which was drawn at another temperature.
+    OtherTemperature {
+        /// That row.
+        row: usize,
+    },
+}
+
+/// The rows of one sequence, those without a trained token included, and where every call went: for people who ask why. It is
+/// [`rows`] that does the work, so what is told is what is done.
+///
+/// # Errors
+/// As [`rows_that_fit`].
+pub fn placements(sequence: &Sequence) -> Result<(Vec<TrainingRow>, Vec<Placement>), AdapterError> {
+    let (mut rows, mut placed) = (vec![], vec![]);
+    for stream in STREAMS {
+        let first = rows.len();
+        let mut of_stream = vec![];
         for part in parts(sequence, stream)? {
-            // The longest one: after parallel calls several rows of the sequence can go on.
-            let longest =
-                of_stream.iter_mut().filter(|(row, _)| continues(row, &part)).max_by_key(|(row, _)| row.ids.len());
-            if let Some((row, last)) = longest {
-                append(row, &part);
-                *last = part.transition.id.clone();
-                continue;
-            }
-            let mut row = TrainingRow {
-                sequence: number,
-                ids: vec![],
-                mask: vec![],
-                weights: vec![],
-                behaviour_log_probs: vec![],
-                old_log_probs: vec![],
-                calls: vec![],
-                group: part.group,
+            let start = row_start(&of_stream, &part, first);
+            let row = first + place(&mut of_stream, &part, 0);
+            placed.push(Placement {
+                transition: part.transition.id.clone(),
                 stream,
-                temperature: part.transition.temperature,
-                policy_version: part.tokens.policy_version,
-                kept: KeptTokens::default(),
-            };
-            append(&mut row, &part);
-            of_stream.push((row, part.transition.id.clone()));
+                row,
+                start,
+                completion_from: part.tokens.prompt_ids.len(),
+                completion_tokens: part.tokens.completion_ids.len(),
+            });
+        }
+        rows.extend(of_stream.into_iter().map(|(row, _)| row));
+    }
+    Ok((rows, placed))
+}
+
+const STREAMS: [Stream; 3] = [Stream::Rl, Stream::Ce, Stream::RefKl];
+
+/// A row with its last transition.
+type Built = (TrainingRow, TransitionId);
+
+/// Rows of one sequence. A row without a trained token carries nothing and is left out.
+fn sequence_rows(sequence: &Sequence, number: u32) -> Result<Vec<Built>, AdapterError> {
+    let mut rows = Vec::new();
+    for stream in STREAMS {
+        let mut of_stream: Vec<Built> = Vec::new();
+        for part in parts(sequence, stream)? {
+            place(&mut of_stream, &part, number);
         }
         for (row, _) in &mut of_stream {
             // Empty stands for the behaviour's.
@@ -141,6 +194,52 @@ fn sequence_rows(sequence: &Sequence, number: u32) -> Result<Vec<(TrainingRow, T
         rows.extend(of_stream.into_iter().filter(|(row, _)| row.mask.contains(&true)));
     }
     Ok(rows)
+}
+
+/// Adds a part to the row that it continues, or to a new one, and says to which.
+fn place(of_stream: &mut Vec<Built>, part: &Part<'_>, number: u32) -> usize {
+    // The longest one: after parallel calls several rows of the sequence can go on.
+    let continued = of_stream.iter_mut().enumerate().filter(|(_, (row, _))| continues(row, part));
+    if let Some((index, (row, last))) = continued.max_by_key(|(_, (row, _))| row.ids.len()) {
+        append(row, part);
+        *last = part.transition.id.clone();
+        return index;
+    }
+    let mut row = TrainingRow {
+        sequence: number,
+        ids: vec![],
+        mask: vec![],
+        weights: vec![],
+        behaviour_log_probs: vec![],
+        old_log_probs: vec![],
+        calls: vec![],
+        group: part.group,
+        stream: part.stream,
+        temperature: part.transition.temperature,
+        policy_version: part.tokens.policy_version,
+        kept: KeptTokens::default(),
+    };
+    append(&mut row, part);
+    of_stream.push((row, part.transition.id.clone()));
+    of_stream.len() - 1
+}
+
+/// Why a part goes where it goes, before it does. `first` is the number of the stream's first row.
+fn row_start(of_stream: &[Built], part: &Part<'_>, first: usize) -> RowStart {
+    if of_stream.iter().any(|(row, _)| continues(row, part)) {
+        return RowStart::Continues;
+    }
+    let shared = |row: &TrainingRow| row.ids.iter().zip(&part.tokens.prompt_ids).take_while(|(a, b)| a == b).count();
+    let nearest = of_stream.iter().enumerate().map(|(index, (row, _))| (shared(row), index, row));
+    // The earliest of those that share most.
+    match nearest.rev().max_by_key(|(shared, ..)| *shared) {
+        None => RowStart::First,
+        Some((at, index, row)) if at < row.ids.len() => RowStart::PromptDiffers { row: first + index, at },
+        Some((_, index, row)) if row.policy_version != part.tokens.policy_version => {
+            RowStart::OtherWeights { row: first + index }
+        }
+        Some((_, index, _)) => RowStart::OtherTemperature { row: first + index },
+    }
 }
 
 /// The entries of one stream, checked, by call, with the two scopes of a transition joined.
@@ -160,7 +259,7 @@ fn parts(sequence: &Sequence, stream: Stream) -> Result<Vec<Part<'_>>, AdapterEr
             // What is given and not drawn has no ratio.
             let anchor = if stream == Stream::Ce { None } else { sequence.anchors.get(&transition.id) };
             let (anchor, group) = (anchor.map(|anchor| &**anchor), entry.group);
-            parts.push(Part { call, group, transition, tokens, anchor, sampled: None, observed: None });
+            parts.push(Part { stream, call, group, transition, tokens, anchor, sampled: None, observed: None });
         }
         if let Some(part) = parts.last_mut() {
             match entry.scope {

@@ -26,6 +26,8 @@ pub struct Transition {
     pub observed_from: usize,
     /// Temperature of the distribution that the log-probs are of; 1 when the call was greedy.
     pub temperature: f32,
+    /// Drawn tokens that are left out of `tokens`, because their row would be too long.
+    pub cut_tokens: usize,
     /// Why it cannot be trained on; `None` when it can.
     pub not_trainable: Option<NotTrainable>,
     /// The rewards of this call.
@@ -70,6 +72,7 @@ impl Transition {
             mask,
             observed_from: 0,
             temperature: 1.0,
+            cut_tokens: 0,
             not_trainable: None,
             rewards: vec![],
             text,
@@ -85,8 +88,9 @@ impl Transition {
 
     /// Whether it may be trained on.
     #[must_use]
-    pub const fn is_trainable(&self) -> bool {
-        self.not_trainable.is_none() && self.tokens.is_some()
+    pub fn is_trainable(&self) -> bool {
+        let is_cut_whole = self.cut_tokens > 0 && self.sampled_tokens() == 0;
+        self.not_trainable.is_none() && self.tokens.is_some() && !is_cut_whole
     }
 
     /// Tokens of the prompt.
@@ -157,6 +161,7 @@ impl Transition {
             mask: vec![],
             observed_from: 0,
             temperature: temperature(&call.sampling, rollout_sampling),
+            cut_tokens: 0,
             not_trainable,
             rewards: vec![],
             text: completion.text.clone(),

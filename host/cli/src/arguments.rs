@@ -57,6 +57,8 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: RolloutsCommand,
     },
+    /// Say what a rollout was trained on, call by call, and why anything was not.
+    Explain(ExplainArguments),
     /// Run recorded rollouts again without any model and compare every event.
     Replay(ReplayArguments),
     /// Run a recorded rollout again up to a model call, and let it go on from there with new seeds.
@@ -310,6 +312,25 @@ pub(crate) struct RolloutsListArguments {
     /// Most rollouts to list.
     #[arg(long, default_value_t = 50)]
     pub(crate) limit: usize,
+    /// How the result is printed.
+    #[arg(long, value_enum, default_value = "text")]
+    pub(crate) output: Output,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+For every call: the advantage or weight that it was trained with, in which step and update, by which algorithm and with which
+loss; its tokens in the training row, and where a new row began and why. For whatever was not trained: why not. Rewards are
+shown with the calls that they belong to.
+
+Example:
+  fulgurite explain grpo-00010-0003 --run runs/rooms-seed0")]
+pub(crate) struct ExplainArguments {
+    /// The rollout's id.
+    pub(crate) rollout: String,
+    /// Folder of the run. Default: the newest under runs/.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) run: Option<PathBuf>,
     /// How the result is printed.
     #[arg(long, value_enum, default_value = "text")]
     pub(crate) output: Output,

@@ -100,6 +100,9 @@ impl From<TrainError> for Failure {
             TrainError::Algorithm { .. } | TrainError::EvaluationVoid { .. } => {
                 Some("what the rollouts did: `fulgurite rollouts list` and `fulgurite rollouts show ROLLOUT`")
             }
+            TrainError::Alarm { .. } => Some(
+                "it is in a checkpoint: `--resume` goes on regardless; `[[alarm]]` in the config says what stops a run",
+            ),
             TrainError::EndpointCheck(_) => Some("`fulgurite doctor --config CONFIG` asks every endpoint of a config"),
             _ => None,
         };

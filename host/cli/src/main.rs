@@ -5,6 +5,7 @@ mod bench;
 mod build;
 mod cancel;
 mod doctor;
+mod explain;
 mod failure;
 mod fork;
 mod paths;
@@ -50,6 +51,7 @@ fn execute(arguments: Arguments) -> Result<(), Failure> {
         Command::Rollouts { command: RolloutsCommand::List(arguments) } => rollouts::list(&arguments),
         Command::Rollouts { command: RolloutsCommand::Show(arguments) } => rollouts::show(&arguments),
         Command::Rollouts { command: RolloutsCommand::Cancel(arguments) } => cancel::cancel(&arguments),
+        Command::Explain(arguments) => explain::run(&arguments),
         Command::Replay(arguments) => runtime()?.block_on(replay::replay(arguments)),
         Command::Fork(arguments) => runtime()?.block_on(fork::fork(arguments)),
         Command::Bench { command } => bench::bench(command),

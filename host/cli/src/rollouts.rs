@@ -282,7 +282,8 @@ fn reward_line(reward: &Reward, colours: bool) -> String {
     paint(&text, Style::Yellow, colours)
 }
 
-fn shown(text: &str) -> String {
+/// Text on one line, and not too much of it.
+pub(crate) fn shown(text: &str) -> String {
     let mut shown: String = printable(text).replace('\n', "\\n").chars().take(TEXT_CHARACTERS_MAX).collect();
     if text.chars().count() > TEXT_CHARACTERS_MAX {
         shown.push_str(" ...");

@@ -19,6 +19,7 @@ pub(crate) fn of_run(result: &RunResult, colours: bool) -> String {
         lines.push(row(report));
     }
     let run = &result.run;
+    lines.extend(alarms(result, colours));
     lines.push(String::new());
     lines.push(format!("seed {}, training {:.1} s, run stored in {run}", result.seed, result.training_seconds));
     lines.push("look further:".to_owned());
@@ -30,6 +31,25 @@ pub(crate) fn of_run(result: &RunResult, colours: bool) -> String {
         lines.push(format!("  tensorboard --logdir {run}/tensorboard      plot: {run}/reward.svg"));
     }
     lines.join("\n")
+}
+
+/// The alarms that were raised, one line for each metric of a stage.
+fn alarms(result: &RunResult, colours: bool) -> Vec<String> {
+    let mut lines = vec![];
+    for report in result.stages.iter().chain(&result.controls) {
+        let mut told: Vec<&str> = vec![];
+        for alarm in &report.alarms {
+            if told.contains(&alarm.metric.as_str()) {
+                continue;
+            }
+            told.push(&alarm.metric);
+            let times = report.alarms.iter().filter(|other| other.metric == alarm.metric).count();
+            let times = if times == 1 { String::new() } else { format!(", and {} times after that", times - 1) };
+            let text = format!("alarm: {} step {}: {}{times}", report.name, alarm.step, alarm.text);
+            lines.push(paint(&text, Style::Yellow, colours));
+        }
+    }
+    lines
 }
 
 fn row(report: &StageReport) -> String {

@@ -138,7 +138,7 @@ pub struct TrajectoryView {
     pub item_id: String,
     /// How it ended.
     pub outcome: OutcomeKind,
-    /// Whether it counts in baseline and loss. `false` means a fault that is not the policy's.
+    /// Whether it counts in baseline and loss. `false` means a fault that is not the policy's, or a row that is too long.
     pub graded: bool,
     /// Accepted rewards, outcome rewards included.
     pub rewards: Vec<Reward>,

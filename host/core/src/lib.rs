@@ -19,6 +19,7 @@ pub mod outcome;
 pub mod record;
 pub mod recording;
 pub mod reward;
+pub mod reward_term;
 pub mod sampling;
 pub mod seed;
 pub mod span;

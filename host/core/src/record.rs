@@ -11,6 +11,7 @@ use crate::limits::Limits;
 use crate::llm::Sampling;
 use crate::outcome::{AttemptOutcome, OutcomeKind};
 use crate::reward::Reward;
+use crate::reward_term::RewardTerm;
 use crate::seed::Seed;
 use crate::state::{AttemptState, RolloutState};
 
@@ -160,6 +161,10 @@ pub struct ExecutionSettings {
     pub templates: BTreeMap<String, String>,
     /// Reward that the host adds for an outcome blamed on the policy.
     pub outcome_reward: BTreeMap<OutcomeKind, f64>,
+    /// Rewards that the host gives for what it finds in the record. Left out where there are none, so that conditions without
+    /// them are the bytes, and have the hash, that they had before there were any.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub reward_terms: Vec<RewardTerm>,
     /// Grants by `agent`, `grader` or the tool's name: JSON text of what the config grants.
     #[serde(default)]
     pub grants: BTreeMap<String, String>,

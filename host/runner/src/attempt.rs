@@ -48,7 +48,7 @@ pub(crate) struct Ran {
 impl Conditions {
     pub(crate) async fn run(&self, attempt: Attempt<'_>) -> Ran {
         let Attempt { key, start_unix_ns, seed, mode, item, session, tape, life, keeps_spans } = attempt;
-        let keeps_spans = keeps_spans || self.plugins.grader.is_some();
+        let keeps_spans = keeps_spans || self.plugins.grader.is_some() || !self.reward_terms.is_empty();
         let buffer = Arc::new(SpanBuffer { spans: Mutex::default(), keeps: keeps_spans });
         let sink = Arc::clone(&buffer) as Arc<dyn SpanSink>;
         let mut recorder = Recorder::new(key.clone(), seed, start_unix_ns, sink);
@@ -112,6 +112,7 @@ impl Conditions {
                     let first = rewards.len();
                     rewards.extend(grades);
                     rewards.extend(self.outcome_reward(outcome.kind));
+                    rewards.extend(self.reward_terms.rewards([played, &own], mode));
                     for reward in rewards.iter().skip(first) {
                         recorder.record(&format!("reward {}", reward.dimension), SpanBody::Reward(reward.clone()));
                     }

@@ -20,6 +20,7 @@ mod templates;
 mod watchdog;
 
 pub use batch::Batch;
+pub use fulgurite_adapter::RewardTerms;
 pub use grants::{Endpoints, RunnerGrants};
 pub use run::Runner;
 pub use settings::{Job, Plugins, Recording, RetryPolicy, RolloutResult, RunnerError, RunnerSettings};

@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use fulgurite_adapter::RewardTerms;
 use fulgurite_core::dataset::DatasetItem;
 use fulgurite_core::grant::EndpointGrants;
 use fulgurite_core::host_call::{HostCallLog, NoLog};
@@ -203,6 +204,8 @@ impl Replayer {
             plugins,
             limits: Arc::new(settings.limits.clone()),
             outcome_reward: settings.outcome_reward.clone(),
+            reward_terms: RewardTerms::new(&settings.reward_terms)
+                .map_err(|error| ReplayError::Conditions(format!("the recorded conditions: {error}")))?,
             templates: Arc::new(templates),
             grants: RunnerGrants {
                 plugin_limits: settings.plugin_limits.clone(),
@@ -324,6 +327,7 @@ impl Replayer {
         );
         let (mut rewards, _) = graded.await?;
         rewards.extend(self.conditions.outcome_reward(outcome.kind));
+        rewards.extend(self.conditions.reward_terms.rewards([recorded.agent_events(), &[]], recorded.spec.mode));
         Ok(rewards)
     }
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use fulgurite_adapter::RewardTerms;
 use fulgurite_core::dataset::DatasetItem;
 use fulgurite_core::id::ContentHash;
 use fulgurite_core::limits::Limits;
@@ -74,6 +75,8 @@ pub struct RunnerSettings {
     pub limits: Limits,
     /// Reward that the host adds for an outcome blamed on the policy; 0 where not named.
     pub outcome_reward: BTreeMap<OutcomeKind, f64>,
+    /// Rewards that the host gives for what it finds in the record of a graded attempt.
+    pub reward_terms: RewardTerms,
     /// Prompt templates.
     pub templates: Arc<Templates>,
     /// What single plugins are given.
@@ -92,6 +95,7 @@ pub(crate) struct Conditions {
     pub(crate) plugins: Plugins,
     pub(crate) limits: Arc<Limits>,
     pub(crate) outcome_reward: BTreeMap<OutcomeKind, f64>,
+    pub(crate) reward_terms: RewardTerms,
     pub(crate) templates: Arc<Templates>,
     pub(crate) grants: RunnerGrants,
 }
@@ -102,6 +106,7 @@ impl Conditions {
             plugins,
             limits: Arc::new(settings.limits.clone()),
             outcome_reward: settings.outcome_reward.clone(),
+            reward_terms: settings.reward_terms.clone(),
             templates: Arc::clone(&settings.templates),
             grants: settings.grants.clone(),
         }
@@ -117,6 +122,7 @@ impl Conditions {
             graded: self.plugins.grader.is_some(),
             templates: self.templates.texts().clone(),
             outcome_reward: self.outcome_reward.clone(),
+            reward_terms: self.reward_terms.declared(),
             grants: self.grants.records.clone(),
         }
     }

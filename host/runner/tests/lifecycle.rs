@@ -18,7 +18,7 @@ use fulgurite_core::llm::{
 };
 use fulgurite_core::outcome::OutcomeKind;
 use fulgurite_core::state::{AttemptState, RolloutState};
-use fulgurite_runner::{Job, Plugins, Recording, RetryPolicy, Runner, RunnerGrants, RunnerSettings};
+use fulgurite_runner::{Job, Plugins, Recording, RetryPolicy, RewardTerms, Runner, RunnerGrants, RunnerSettings};
 use fulgurite_sandbox::{Sandbox, SandboxSettings, Templates};
 use fulgurite_store::{MemoryStore, RolloutStore};
 use futures::future::BoxFuture;
@@ -82,6 +82,7 @@ fn runner(store: Arc<MemoryStore>) -> Runner {
         retry: RetryPolicy { attempts_max: 3, by_kind: BTreeMap::new() },
         limits: Limits::default(),
         outcome_reward: BTreeMap::from([(OutcomeKind::MalformedAnswer, -0.5)]),
+        reward_terms: RewardTerms::default(),
         templates: Arc::new(Templates::none()),
         recording: Recording::Durable,
         worker: "test".to_owned(),

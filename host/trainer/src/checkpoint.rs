@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::alarm::AlarmState;
 use crate::dataset::Cursor;
 use crate::host::CarriedBatch;
 use crate::report::StageReport;
@@ -30,6 +31,12 @@ pub(crate) struct Progress {
     pub(crate) carried: Vec<CarriedBatch>,
     /// Length of `metrics.jsonl` in bytes.
     pub(crate) metrics_bytes: u64,
+    /// Length of `trail.lz4` in bytes.
+    #[serde(default)]
+    pub(crate) trail_bytes: u64,
+    /// Alarms of the unit under way.
+    #[serde(default, skip_serializing_if = "AlarmState::is_empty")]
+    pub(crate) alarms: AlarmState,
     /// What the unit has used so far.
     pub(crate) totals: Totals,
     /// Reports of the units that are done.

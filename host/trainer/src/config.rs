@@ -5,8 +5,10 @@
 //! that is silently ignored is worse than a run that does not start.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
+use fulgurite_adapter::RowTooLong;
 use fulgurite_core::dataset::Split;
 use fulgurite_core::grant::{EndpointGrants, ToolGrants};
 use fulgurite_core::limits::{InvalidNarrowing, Limits, NarrowedLimits};
@@ -17,9 +19,16 @@ use fulgurite_runner::scripted::Script;
 use fulgurite_sandbox::PluginWorld;
 use serde::{Deserialize, Serialize};
 
+mod error;
 mod local;
+mod reward;
+mod watch;
 
+pub use self::error::ConfigError;
 pub use self::local::{LocalPolicyConfig, TokenizerSection};
+pub use self::reward::RewardConfig;
+use self::reward::is_default;
+pub use self::watch::{AlarmAction, AlarmConfig, ExplainConfig};
 use crate::adapter_push;
 pub use crate::adapter_push::AdapterPushConfig;
 pub use crate::endpoint::EndpointConfig;
@@ -55,6 +64,9 @@ pub struct RunConfig {
     /// How rollouts run.
     #[serde(default)]
     pub rollout: RolloutConfig,
+    /// What the host rewards by itself, and which calls rewards belong to.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub reward: RewardConfig,
     /// Limits of every sandbox.
     #[serde(default)]
     pub limits: Limits,
@@ -63,6 +75,12 @@ pub struct RunConfig {
     /// Checkpoints.
     #[serde(default)]
     pub checkpoint: CheckpointConfig,
+    /// Alarms beside, or in place of, the default ones.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub alarm: Vec<AlarmConfig>,
+    /// What is kept to explain what was trained on.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub explain: ExplainConfig,
     /// What is done, in order.
     #[serde(default)]
     pub stage: Vec<StageConfig>,
@@ -159,6 +177,13 @@ pub struct RolloutConfig {
     pub outcome_reward: BTreeMap<OutcomeKind, f64>,
     /// Share of rollouts of one batch that may fail for reasons that are not the policy's before the run stops. 0.2.
     pub fault_share_max: f64,
+    /// Tokens of the longest training row: of the longest call, its prompt included. None: what the model's context holds,
+    /// which no call outgrows. Less saves memory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub row_tokens_max: Option<NonZeroUsize>,
+    /// What becomes of a rollout with a longer row: `drop` (the default), `truncate` or `stop`.
+    #[serde(skip_serializing_if = "is_default")]
+    pub row_too_long: RowTooLong,
 }
 
 impl Default for RolloutConfig {
@@ -172,6 +197,8 @@ impl Default for RolloutConfig {
             reward_accept: vec![RewardSource::Grader, RewardSource::Host],
             outcome_reward: BTreeMap::new(),
             fault_share_max: 0.2,
+            row_tokens_max: None,
+            row_too_long: RowTooLong::default(),
         }
     }
 }
@@ -275,42 +302,6 @@ pub struct ExperimentConfig {
     pub shuffle_rewards: bool,
 }
 
-/// Why a config was refused. Names the file and, where there is one, the place in it.
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    /// The file cannot be read.
-    #[error("cannot read config `{path}`")]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
-    /// The text is not what is expected.
-    #[error("config `{path}`: {message}")]
-    Parse {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong, with the keys that are known.
-        message: String,
-        /// The whole text, to point into.
-        text: String,
-        /// Byte range of the place.
-        span: Option<std::ops::Range<usize>>,
-    },
-    /// A value that parses and makes no sense.
-    #[error("config `{path}`: `{field}`: {problem}")]
-    Invalid {
-        /// The file.
-        path: PathBuf,
-        /// The field, as a dotted path.
-        field: String,
-        /// What is wrong and what would be right.
-        problem: String,
-    },
-}
-
 impl RunConfig {
     /// Reads, parses and checks a config file and makes its paths absolute.
     ///
@@ -411,6 +402,11 @@ impl RunConfig {
             }
         }
         self.check_plugins()?;
+        self.reward.check()?;
+        let stages: Vec<&str> = self.stage.iter().chain(&self.control).map(|stage| stage.name.as_str()).collect();
+        for (index, alarm) in self.alarm.iter().enumerate() {
+            alarm.check(&stages).map_err(|(field, problem)| (format!("alarm[{index}].{field}"), problem))?;
+        }
         if self.rollout.live_max == 0 {
             return fail("rollout.live_max", "must be at least 1".to_owned());
         }

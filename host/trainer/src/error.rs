@@ -101,6 +101,16 @@ pub enum TrainError {
         #[source]
         source: AlgorithmFault,
     },
+    /// An alarm stops the run.
+    #[error("stage `{stage}`, step {step}: the alarm on a metric stops the run: {text}")]
+    Alarm {
+        /// Name of the stage.
+        stage: String,
+        /// The step, from 0.
+        step: u64,
+        /// The metric and its threshold.
+        text: String,
+    },
     /// A file of the run could not be written or read.
     #[error("`{path}`")]
     Io {

@@ -3,18 +3,20 @@
 
 mod batch;
 mod mismatch;
+mod monitor;
+mod noted;
 mod rollouts;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use fulgurite_adapter::{Pool, Transition};
+use fulgurite_adapter::{Pool, RewardAttachment, Transition};
 use fulgurite_core::algorithm::{
     AlgorithmHost, AlgorithmHostError, BatchEntry, GroupSpec, Item, ModelReference, TrajectoryView, TransitionForward,
     TransitionGradient, TransitionView, Verb, WaitFor,
 };
 use fulgurite_core::dataset::Split;
-use fulgurite_core::id::TransitionId;
+use fulgurite_core::id::{PolicyVersion, TransitionId};
 use fulgurite_core::llm::{LlmBackend, Message, Role, Sampling};
 use fulgurite_core::seed::Seed;
 use fulgurite_core::training::{
@@ -25,15 +27,18 @@ use fulgurite_runner::Runner;
 use tokio::sync::watch;
 
 use crate::checkpoint::{Progress, Totals};
-use crate::config::{ExperimentConfig, RolloutConfig, StageConfig};
+use crate::config::{ExperimentConfig, RolloutConfig, RunConfig, StageConfig};
 use crate::dataset::{Cursor, Dataset};
 use crate::error::TrainError;
 use crate::metrics;
 use crate::setup::Model;
+use crate::trail::{DEMONSTRATION, StepTrail, TrailKeeper};
 
 pub(crate) use batch::CarriedBatch;
 use batch::{Carried, OpenBatch};
 use mismatch::Mismatch;
+use monitor::Monitor;
+pub(crate) use noted::dimension_of;
 
 /// Notes of one step. 64: a note is for people.
 const NOTES_MAX: usize = 64;
@@ -57,6 +62,7 @@ pub(crate) struct StageHost {
     pub(crate) stage: StageConfig,
     pub(crate) rollout: RolloutConfig,
     pub(crate) experiment: ExperimentConfig,
+    pub(crate) attach: RewardAttachment,
     pub(crate) resources_version: u64,
     pub(crate) seed: Seed,
     pub(crate) stop: watch::Receiver<bool>,
@@ -79,10 +85,12 @@ pub(crate) struct EndedStep {
     /// Whether it would do the same again. One that went by which rollouts came first would not, and then later steps
     /// would find rollouts under their ids that other weights drew: it is committed at once.
     pub(crate) repeats: bool,
+    /// What it was given and trained on; `None` when that is not kept.
+    pub(crate) trail: Option<StepTrail>,
 }
 
 /// What changes while a stage runs.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct StageState {
     pub(crate) step: u64,
     pub(crate) cursors: BTreeMap<String, Cursor>,
@@ -92,6 +100,10 @@ pub(crate) struct StageState {
     pub(crate) notes: Vec<String>,
     /// Of the step's updates by policy gradient so far.
     mismatch: Option<Mismatch>,
+    monitor: Monitor,
+    trail: TrailKeeper,
+    /// The weights that the step began with.
+    begun_with: PolicyVersion,
     /// Rollouts enqueued by the step so far: the index in the next id.
     enqueued: u64,
     /// Demonstrations imported by the step so far.
@@ -108,13 +120,24 @@ pub(crate) struct StageState {
 
 impl StageState {
     /// Where a checkpoint stands, at the start of its next step.
-    pub(crate) fn resumed(progress: &Progress) -> Self {
+    pub(crate) fn resumed(progress: &Progress, config: &RunConfig) -> Self {
         Self {
             step: progress.step,
             cursors: progress.cursors.clone(),
             totals: progress.totals,
             snapshots: progress.snapshots,
-            ..Self::default()
+            scalars: BTreeMap::new(),
+            notes: vec![],
+            mismatch: None,
+            monitor: Monitor::default(),
+            trail: TrailKeeper::new(&config.explain),
+            begun_with: PolicyVersion::default(),
+            enqueued: 0,
+            imported: 0,
+            batches: 0,
+            transitions: Pool::default(),
+            estimates: BTreeSet::new(),
+            depends_on_arrival: false,
         }
     }
 }
@@ -135,14 +158,14 @@ impl StageHost {
         model: Model,
         dataset: Arc<Dataset>,
         stage: StageConfig,
-        rollout: RolloutConfig,
-        experiment: ExperimentConfig,
+        config: &RunConfig,
         resources_version: u64,
         seed: Seed,
         stop: watch::Receiver<bool>,
-        state: StageState,
+        mut state: StageState,
         carried: Vec<CarriedBatch>,
     ) -> Self {
+        state.begun_with = engine.version();
         let (state, batches) = (Mutex::new(state), tokio::sync::Mutex::default());
         let carried = tokio::sync::Mutex::new(carried.into_iter().map(Carried::Recorded).collect());
         Self {
@@ -151,8 +174,9 @@ impl StageHost {
             model,
             dataset,
             stage,
-            rollout,
-            experiment,
+            rollout: config.rollout.clone(),
+            experiment: config.experiment.clone(),
+            attach: config.reward.attach.clone(),
             resources_version,
             seed,
             stop,
@@ -186,11 +210,12 @@ impl StageHost {
     pub(crate) async fn end_step(&self) -> EndedStep {
         let batches = std::mem::take(&mut *self.batches.lock().await);
         let left = batches.into_values().filter_map(OpenBatch::into_carried);
-        let carried = {
+        let carried: Vec<CarriedBatch> = {
             let mut carried = self.carried.lock().await;
             carried.extend(left.map(|open| Carried::Running(Box::new(open))));
             carried.iter().map(Carried::record).collect()
         };
+        let waiting = carried.iter().flat_map(|batch| &batch.rollouts).map(|rollout| rollout.id.clone()).collect();
         let mut state = self.state();
         state.step += 1;
         state.enqueued = 0;
@@ -201,11 +226,14 @@ impl StageHost {
         if let Some(mismatch) = state.mismatch.take() {
             mismatch.write(&mut scalars);
         }
+        std::mem::take(&mut state.monitor).write(self.dimension(), &mut scalars);
+        state.begun_with = self.engine.version();
         EndedStep {
             scalars,
             notes: std::mem::take(&mut state.notes),
             carried,
             repeats: !std::mem::take(&mut state.depends_on_arrival),
+            trail: state.trail.end(waiting),
         }
     }
 
@@ -263,7 +291,7 @@ fn transition_view(transition: &Transition) -> TransitionView {
         agent_role: transition.agent_role.clone(),
         prompt_tokens: count(transition.prompt_tokens()),
         completion_tokens: count(transition.sampled_tokens()),
-        trainable: transition.not_trainable.is_none(),
+        trainable: transition.is_trainable(),
         log_prob_sum: transition.log_prob_sum(),
         policy_version: transition.policy_version(),
         prompt_hash: transition.prompt_hash(),
@@ -349,7 +377,7 @@ impl AlgorithmHost for StageHost {
                 .map_err(|error| AlgorithmHostError::InvalidArgument(format!("metadata is not JSON: {error}")))?;
             let encoded = self.engine.encode_demonstration(&messages, &roles).map_err(engine_error)?;
             let mut state = self.state();
-            let id = TransitionId(format!("demonstration/{}/{}", state.step, state.imported));
+            let id = TransitionId(format!("{DEMONSTRATION}{}/{}", state.step, state.imported));
             state.imported += 1;
             let text = messages.iter().rfind(|m| m.role == Role::Assistant).map(|m| m.content.clone());
             let transition = Transition::demonstration(
@@ -395,10 +423,13 @@ impl AlgorithmHost for StageHost {
             let engine = self.language_model(&model, "forward-backward")?;
             let rows = self.rows(&model, &batch)?;
             let drawn = rows.iter().any(|row| row.stream == Stream::Rl);
+            let used = self.note_use(&model, &engine, &batch, &loss, &rows);
             let report = engine.forward_backward(rows, loss).await.map_err(engine_error)?;
             let mut state = self.state();
+            state.trail.keep(used, &report);
             state.totals.tokens += report.total_tokens;
             if drawn {
+                state.monitor.updated(&report);
                 let found = Mismatch::of(&report);
                 state.mismatch = Some(state.mismatch.map_or(found, |before| before.and(found)));
             }
@@ -444,6 +475,7 @@ impl AlgorithmHost for StageHost {
             self.check_stop()?;
             let trained = self.trained(&model)?;
             let is_critic = matches!(trained, Trained::Critic);
+            let used = self.state().trail.of_gradients(&model, self.engine.version(), &gradients);
             let (mut rows, mut derivatives, mut d_values) = (vec![], vec![], vec![]);
             for gradient in gradients {
                 let (row, sampled) = self.row_of(&gradient.transition)?;
@@ -465,18 +497,24 @@ impl AlgorithmHost for StageHost {
                 Trained::Policy(engine) => engine.backward(rows, derivatives).await,
                 Trained::Critic => self.engine.values_backward(rows, d_values).await,
             }
-            .map_err(engine_error)
+            .map_err(engine_error)?;
+            self.state().trail.keep(used, &());
+            Ok(())
         })
     }
 
     fn optimiser_step(&self, model: ModelReference, step: OptimiserStep) -> Verb<'_, OptimiserReport> {
         Box::pin(async move {
             self.check_stop()?;
-            match self.trained(&model)? {
-                Trained::Policy(engine) => engine.optimiser_step(step).await,
-                Trained::Critic => self.engine.critic_step(step).await,
+            let report = match self.trained(&model)? {
+                Trained::Policy(engine) => engine.optimiser_step(step.clone()).await,
+                Trained::Critic => self.engine.critic_step(step.clone()).await,
             }
-            .map_err(engine_error)
+            .map_err(engine_error)?;
+            let mut state = self.state();
+            state.trail.stepped(&model, &step, &report);
+            state.monitor.stepped(&report);
+            Ok(report)
         })
     }
 

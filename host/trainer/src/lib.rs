@@ -1,6 +1,7 @@
 //! Joins the pieces for one training run: config, datasets, stages, algorithm plugins, checkpoints, evaluation.
 
 mod adapter_push;
+mod alarm;
 mod checkpoint;
 pub mod config;
 mod dataset;
@@ -8,6 +9,7 @@ mod endpoint;
 mod error;
 mod estimate;
 mod evaluate;
+pub mod explain;
 mod fork;
 mod grants;
 mod host;
@@ -22,9 +24,11 @@ mod run;
 mod run_directory;
 mod setup;
 mod tensorboard;
+pub mod trail;
 mod train;
 mod trained;
 
+pub use alarm::RaisedAlarm;
 pub use checkpoint::{CheckpointError, Totals};
 pub use dataset::DatasetError;
 pub use endpoint::{CheckedEndpoint, check_endpoints};

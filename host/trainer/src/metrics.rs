@@ -3,7 +3,21 @@
 //! `metrics.jsonl` holds nothing that depends on the machine's speed, so one config and seed give the same bytes.
 //!
 //! A plugin names its metrics as it likes. The host adds `tokens_total` and `rollouts_total` (trained tokens and rollouts of
-//! the stage so far), and of every step that updates the policy by policy gradient, over all trained tokens:
+//! the stage so far), and of every step:
+//!
+//! | name | of | what |
+//! |---|---|---|
+//! | `host/excluded_share` | training rollouts that it was given | share with faults that are not the policy's |
+//! | `host/too_long_share` | the same | share left out because a row is longer than `rollout.row_tokens_max` |
+//! | `host/cut_tokens` | the same | drawn tokens that are not trained on because their rows are too long |
+//! | `host/response_tokens_mean` | those without a fault | drawn tokens of a rollout, all calls together |
+//! | `host/zero_variance_share` | groups with several that count | share whose totals of the stage's `dimension` (`reward`) are all equal |
+//! | `host/reward/DIMENSION` | those that count and have it | mean total of the dimension, accepted sources only |
+//! | `host/entropy`, `host/clip_fraction`, `host/kl`, `host/reference_kl` | updates by policy gradient | means over trained tokens: entropy and KLs in nats, `kl` is k3 between π_old and π_θ |
+//! | `host/gradient_norm_max`, `host/skipped_updates` | optimiser steps | largest norm before clipping; steps skipped because a gradient was not finite |
+//! | `host/staleness_mean`, `host/staleness_max` | trained tokens of policy gradient | optimiser steps between the weights that drew a token and those that the step began with |
+//!
+//! and of updates by policy gradient, how far sampler and trainer disagree:
 //!
 //! | name | what |
 //! |---|---|
@@ -32,6 +46,28 @@ const HOST_PREFIX: &str = "host/";
 /// Longest name of a metric in bytes.
 pub const NAME_BYTES_MAX: usize = 64;
 
+/// What the host writes of a step, without its prefix. Rewards have a name for each dimension beside these.
+const HOST_NAMES: [&str; 18] = [
+    "clip_fraction",
+    "cut_tokens",
+    "effective_sample_size",
+    "entropy",
+    "excluded_share",
+    "gradient_norm_max",
+    "kl",
+    "mismatch_max",
+    "mismatch_mean",
+    "ratio_max",
+    "ratio_mean",
+    "reference_kl",
+    "response_tokens_mean",
+    "skipped_updates",
+    "staleness_max",
+    "staleness_mean",
+    "too_long_share",
+    "zero_variance_share",
+];
+
 /// One line of `metrics.jsonl`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct MetricRow {
@@ -51,11 +87,7 @@ pub struct MetricRow {
 /// # Errors
 /// What is wrong with it.
 pub fn check(name: &str, value: f64) -> Result<(), String> {
-    let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'_' | b'/' | b'-');
-    if name.is_empty() || name.len() > NAME_BYTES_MAX || !name.bytes().all(allowed) {
-        let shown: String = name.chars().take(NAME_BYTES_MAX).filter(|c| !c.is_control()).collect();
-        return Err(format!("metric name `{shown}`: use 1 to {NAME_BYTES_MAX} of a-z, 0-9, `_`, `/`, `-`"));
-    }
+    check_letters(name)?;
     if name.starts_with(HOST_PREFIX) {
         return Err(format!("metric name `{name}`: names that begin with `{HOST_PREFIX}` are the host's"));
     }
@@ -63,6 +95,28 @@ pub fn check(name: &str, value: f64) -> Result<(), String> {
         return Err(format!("metric `{name}` is {value}, which is not a finite number"));
     }
     Ok(())
+}
+
+fn check_letters(name: &str) -> Result<(), String> {
+    let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'_' | b'/' | b'-');
+    if name.is_empty() || name.len() > NAME_BYTES_MAX || !name.bytes().all(allowed) {
+        let shown: String = name.chars().take(NAME_BYTES_MAX).filter(|c| !c.is_control()).collect();
+        return Err(format!("metric name `{shown}`: use 1 to {NAME_BYTES_MAX} of a-z, 0-9, `_`, `/`, `-`"));
+    }
+    Ok(())
+}
+
+/// Checks the name of a metric that is to be watched: whether anybody could write it.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn check_watched(name: &str) -> Result<(), String> {
+    check_letters(name)?;
+    let Some(own) = name.strip_prefix(HOST_PREFIX) else { return Ok(()) };
+    if HOST_NAMES.contains(&own) || own.starts_with("reward/") {
+        return Ok(());
+    }
+    Err(format!("the host writes no metric `{name}`; it writes reward/DIMENSION, {}", HOST_NAMES.join(", ")))
 }
 
 /// Writes metrics.
@@ -150,6 +204,16 @@ mod tests {
         writer.write(&row(1), &BTreeMap::new()).unwrap();
         writer.sync().unwrap();
         assert_eq!(read(&run.metrics()).unwrap(), [row(0), row(1)]);
+    }
+
+    #[test]
+    fn what_nobody_can_write_cannot_be_watched() {
+        for name in ["loss", "host/entropy", "host/reward/style", "tokens_total"] {
+            check_watched(name).unwrap();
+        }
+        for name in ["host/entropies", "host/", "Loss", ""] {
+            assert!(check_watched(name).is_err(), "{name}");
+        }
     }
 
     #[test]

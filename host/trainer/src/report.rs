@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::alarm::RaisedAlarm;
 use crate::evaluate::Evaluation;
 
 /// One line of the final table: a stage, a control or a baseline.
@@ -31,6 +32,9 @@ pub struct StageReport {
     pub failed: u64,
     /// Content hash of the weights at its end; `None` where nothing is trained.
     pub weights: Option<String>,
+    /// Alarms that were raised in it, the first 64.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub alarms: Vec<RaisedAlarm>,
     /// The evaluation in full.
     pub evaluation: Evaluation,
 }

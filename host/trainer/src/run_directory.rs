@@ -10,6 +10,7 @@
 //!   checkpoints/N/     state after unit and step N; the newest whole one counts
 //!   policies/NAME/     weights at the end of each stage
 //!   metrics.jsonl      one line per step, no wall-clock value in it: byte-identical for one config and seed
+//!   trail.lz4          what each update used, for `fulgurite explain`
 //!   timings.jsonl      wall-clock seconds of the same steps, and those in which the plugin computed
 //!   tensorboard/       event files
 //!   reward.svg         reward per update
@@ -92,6 +93,12 @@ impl RunDirectory {
     #[must_use]
     pub fn metrics(&self) -> PathBuf {
         self.root.join("metrics.jsonl")
+    }
+
+    /// What each update used.
+    #[must_use]
+    pub fn trail(&self) -> PathBuf {
+        self.root.join("trail.lz4")
     }
 
     /// Timings.

@@ -135,6 +135,7 @@ impl Setup {
             retry: RetryPolicy { attempts_max: config.rollout.attempts_max, by_kind: config.rollout.retry.clone() },
             limits: config.limits.clone(),
             outcome_reward: config.rollout.outcome_reward.clone(),
+            reward_terms: config.reward.terms(),
             templates: Arc::new(Templates::new(resources_version, config.templates.clone(), Arc::new(JinjaRenderer))),
             recording: if config.rollout.record { Recording::Durable } else { Recording::Nothing },
             worker: worker_id(),

@@ -11,6 +11,7 @@ use fulgurite_policy::PolicyEngine;
 use fulgurite_sandbox::AlgorithmPlugin;
 use tokio::sync::watch;
 
+use crate::alarm::{self, Alarms};
 use crate::checkpoint::{Checkpoint, Checkpoints, Progress, Totals};
 use crate::config::{RunConfig, StageConfig};
 use crate::error::TrainError;
@@ -23,6 +24,7 @@ use crate::progress::{ProgressEvent, ProgressSink};
 use crate::report::{RunResult, StageReport};
 use crate::run_directory::{RunDirectory, publish_folder, temporary_folder, write_atomically};
 use crate::setup::{Setup, scripted};
+use crate::trail::TrailWriter;
 
 /// How to run.
 #[derive(Debug, Clone)]
@@ -81,7 +83,9 @@ pub async fn train(
     }
     let metrics_path = setup.run.metrics();
     let writer = MetricWriter::open(&setup.run, state.metrics_bytes).map_err(TrainError::io(&metrics_path))?;
-    let mut training = Training { setup, checkpoints, writer, state, progress, stop };
+    let trail_path = setup.run.trail();
+    let trail = TrailWriter::open(&trail_path, state.trail_bytes).map_err(TrainError::io(&trail_path))?;
+    let mut training = Training { setup, checkpoints, writer, trail, state, progress, stop };
     for unit in training.plan().into_iter().skip(training.state.units_done) {
         training.unit(unit, plugin_state.take()).await?;
     }
@@ -111,6 +115,7 @@ struct Training {
     setup: Setup,
     checkpoints: Checkpoints,
     writer: MetricWriter,
+    trail: TrailWriter,
     state: Progress,
     progress: Arc<dyn ProgressSink>,
     stop: watch::Receiver<bool>,
@@ -153,6 +158,7 @@ impl Training {
                 None => return Ok(()),
             },
         };
+        let report = StageReport { alarms: std::mem::take(&mut self.state.alarms).raised, ..report };
         self.state.reports.push(report);
         self.state.units_done += 1;
         self.state.step = 0;
@@ -201,7 +207,7 @@ impl Training {
         let Some(plugin) = self.setup.algorithms.get(&stage.algorithm).cloned() else {
             return Err(missing());
         };
-        let state = StageState::resumed(&self.state);
+        let state = StageState::resumed(&self.state, &self.setup.config);
         let config = &self.setup.config;
         let host = Arc::new(StageHost::new(
             self.setup.runner.clone(),
@@ -209,8 +215,7 @@ impl Training {
             self.setup.model.clone(),
             dataset,
             stage.clone(),
-            config.rollout.clone(),
-            config.experiment.clone(),
+            config,
             self.setup.resources_version,
             self.setup.seed.child("stage").child(&stage.name),
             self.stop.clone(),
@@ -257,6 +262,7 @@ impl Training {
         let host_side = Arc::clone(host) as Arc<dyn fulgurite_core::algorithm::AlgorithmHost>;
         let mut instance =
             plugin.start(settings, plugin_state, host_side, limits).await.map_err(failed(self.state.step))?;
+        let alarms = Alarms::of_stage(&self.setup.config.alarm, &stage.name);
         let budget = stage.tokens_of.as_ref().and_then(|name| {
             self.state.reports.iter().find(|report| report.kind == "stage" && report.name == *name).map(|r| r.tokens)
         });
@@ -277,7 +283,7 @@ impl Training {
                 return Err(error);
             }
             let result = result.map_err(failed(self.state.step))?;
-            let EndedStep { mut scalars, notes, carried, repeats } = host.end_step().await;
+            let EndedStep { mut scalars, mut notes, carried, repeats, trail } = host.end_step().await;
             self.state.carried = carried;
             let step = self.state.step;
             {
@@ -289,6 +295,8 @@ impl Training {
             }
             scalars.insert("tokens_total".to_owned(), self.state.totals.tokens as f64);
             scalars.insert("rollouts_total".to_owned(), self.state.totals.rollouts as f64);
+            let raised = alarms.check(&mut self.state.alarms, step, &scalars);
+            notes.extend(raised.iter().map(|alarm| format!("alarm: {}", alarm.text)));
             let row = MetricRow { stage: stage.name.clone(), step, scalars, notes };
             let seconds = started.elapsed().as_secs_f64();
             let plugin = instance.guest_cpu_us().saturating_sub(used_before_us) as f64 / 1e6;
@@ -296,6 +304,11 @@ impl Training {
             steps_seconds += seconds;
             plugin_seconds += plugin;
             self.writer.write(&row, &timings).map_err(TrainError::io(self.setup.run.metrics()))?;
+            if let Some(mut trail) = trail {
+                (trail.stage, trail.step) = (stage.name.clone(), step);
+                (trail.algorithm, trail.version) = (described.name.clone(), described.version.clone());
+                self.trail.write(&trail).map_err(TrainError::io(self.setup.run.trail()))?;
+            }
             self.state.step += 1;
             self.progress.event(ProgressEvent::StepEnded {
                 stage: stage.name.clone(),
@@ -303,13 +316,23 @@ impl Training {
                 scalars: row.scalars,
                 seconds,
             });
-            let is_due = !repeats || self.state.step.is_multiple_of(self.setup.config.checkpoint.every_steps);
+            for alarm in &raised {
+                let (stage, text) = (&stage.name, &alarm.text);
+                self.progress.event(ProgressEvent::Note(format!("alarm: {stage} step {step}: {text}")));
+            }
+            let stops = raised.into_iter().find(|alarm| alarm.stops);
+            let is_due =
+                !repeats || stops.is_some() || self.state.step.is_multiple_of(self.setup.config.checkpoint.every_steps);
             if result == StepResult::Continue && is_due {
                 let saved = instance.save().await.map_err(failed(self.state.step))?;
                 self.state.totals.seconds += started.elapsed().as_secs_f64();
                 self.checkpoint(Some(&saved)).await?;
             } else {
                 self.state.totals.seconds += started.elapsed().as_secs_f64();
+            }
+            // Behind a stage's last step there is nothing left to stop.
+            if let Some(alarm) = stops.filter(|_| result == StepResult::Continue) {
+                return Err(TrainError::Alarm { stage: stage.name.clone(), step, text: alarm.text });
             }
             if result == StepResult::Done {
                 break;
@@ -320,6 +343,7 @@ impl Training {
 
     /// Commits where the run stands.
     async fn checkpoint(&mut self, plugin_state: Option<&[u8]>) -> Result<(), TrainError> {
+        self.state.trail_bytes = self.trail.sync().map_err(TrainError::io(self.setup.run.trail()))?;
         self.state.metrics_bytes = self.writer.sync().map_err(TrainError::io(self.setup.run.metrics()))?;
         let temporary = self.checkpoints.prepare()?;
         if let Some(engine) = self.setup.model.engine() {
@@ -348,7 +372,25 @@ impl Training {
         Ok(())
     }
 
+    /// Says which of the config's alarms had nothing to watch.
+    fn tell_unseen_alarms(&self) -> Result<(), TrainError> {
+        if self.setup.config.alarm.is_empty() {
+            return Ok(());
+        }
+        let path = self.setup.run.metrics();
+        let rows = metrics::read(&path).map_err(TrainError::io(&path))?;
+        let unseen = alarm::never_seen(&self.setup.config.alarm, |alarm| {
+            let of_stage = |row: &&MetricRow| alarm.stage.as_ref().is_none_or(|stage| *stage == row.stage);
+            rows.iter().filter(of_stage).any(|row| row.scalars.contains_key(&alarm.metric))
+        });
+        for text in unseen {
+            self.progress.event(ProgressEvent::Note(text));
+        }
+        Ok(())
+    }
+
     fn result(self) -> Result<RunResult, TrainError> {
+        self.tell_unseen_alarms()?;
         let shown = shown(self.setup.run.root());
         let result = RunResult::new(shown, self.setup.config.seed, &self.state.reports);
         let path = self.setup.run.result();
@@ -384,6 +426,7 @@ fn report(
         tokens: totals.tokens,
         failed: totals.failed,
         weights,
+        alarms: vec![],
         evaluation,
     }
 }

@@ -10,7 +10,7 @@ use fulgurite_core::llm::{LlmBackend, Sampling};
 use fulgurite_core::record::{RolloutMode, RolloutSpec};
 use fulgurite_core::seed::{Generator, Seed};
 use fulgurite_runner::scripted::{Reply, Script, ScriptedPolicy};
-use fulgurite_runner::{Job, Plugins, Recording, RetryPolicy, Runner, RunnerGrants, RunnerSettings};
+use fulgurite_runner::{Job, Plugins, Recording, RetryPolicy, RewardTerms, Runner, RunnerGrants, RunnerSettings};
 use fulgurite_sandbox::{Sandbox, SandboxSettings, Templates};
 use fulgurite_store::RolloutStore;
 
@@ -166,6 +166,7 @@ impl Load {
             retry: RetryPolicy { attempts_max: 1, by_kind: std::collections::BTreeMap::new() },
             limits: Limits::default(),
             outcome_reward: std::collections::BTreeMap::new(),
+            reward_terms: RewardTerms::default(),
             templates: Arc::new(Templates::none()),
             grants: RunnerGrants::default(),
             recording: settings.recording,

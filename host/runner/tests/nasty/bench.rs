@@ -17,7 +17,8 @@ use fulgurite_core::record::RolloutSpec;
 use fulgurite_core::reward::RewardSource;
 use fulgurite_core::state::RolloutState;
 use fulgurite_runner::{
-    JinjaRenderer, Job, Plugins, Recording, RetryPolicy, RolloutResult, Runner, RunnerGrants, RunnerSettings,
+    JinjaRenderer, Job, Plugins, Recording, RetryPolicy, RewardTerms, RolloutResult, Runner, RunnerGrants,
+    RunnerSettings,
 };
 use fulgurite_sandbox::{PluginError, Sandbox, SandboxSettings, Templates};
 use fulgurite_store::{MemoryStore, RolloutStore};
@@ -172,6 +173,7 @@ impl Bench {
             control: None,
             limits,
             outcome_reward: BTreeMap::new(),
+            reward_terms: RewardTerms::default(),
             templates: Arc::clone(&self.templates),
         };
         Runner::new(Arc::clone(store) as Arc<dyn RolloutStore>, plugins, settings).unwrap()

@@ -9,7 +9,7 @@ use fulgurite_core::limits::Limits;
 use fulgurite_core::outcome::OutcomeKind;
 use fulgurite_core::seed::Seed;
 use fulgurite_runner::replay::{Items, Recorded, ReplayError, Replayer};
-use fulgurite_runner::{Recording, RetryPolicy, Runner, RunnerGrants, RunnerSettings};
+use fulgurite_runner::{Recording, RetryPolicy, RewardTerms, Runner, RunnerGrants, RunnerSettings};
 use fulgurite_sandbox::{Sandbox, SandboxSettings, Templates};
 use fulgurite_store::{RolloutStore, SledStore};
 use nasty_agent::Behaviour;
@@ -86,6 +86,7 @@ async fn every_attempt_of_a_rollout_that_was_tried_again_can_be_replayed() {
         retry: RetryPolicy { attempts_max: 3, by_kind: BTreeMap::new() },
         limits: Limits { attempt_wall_ms_max: 50, ..limits() },
         outcome_reward: BTreeMap::new(),
+        reward_terms: RewardTerms::default(),
         templates: Arc::new(Templates::none()),
         recording: Recording::Durable,
         worker: "test".to_owned(),

@@ -23,7 +23,8 @@ use fulgurite_core::seed::{Generator, Seed};
 use fulgurite_core::span::Span;
 use fulgurite_runner::replay::{Items, Recorded, ReplayReport, Replayer};
 use fulgurite_runner::{
-    JinjaRenderer, Job, Plugins, Recording, RetryPolicy, RolloutResult, Runner, RunnerGrants, RunnerSettings,
+    JinjaRenderer, Job, Plugins, Recording, RetryPolicy, RewardTerms, RolloutResult, Runner, RunnerGrants,
+    RunnerSettings,
 };
 use fulgurite_sandbox::{Sandbox, SandboxSettings, Templates};
 use fulgurite_store::{MemoryStore, RolloutStore};
@@ -288,6 +289,7 @@ impl Bench {
             retry: RetryPolicy { attempts_max: 1, by_kind: BTreeMap::new() },
             limits,
             outcome_reward: BTreeMap::from([(OutcomeKind::MalformedAnswer, -0.5)]),
+            reward_terms: RewardTerms::default(),
             templates: Arc::new(Templates::new(1, templates, Arc::new(JinjaRenderer))),
             recording: Recording::Durable,
             worker: "test".to_owned(),

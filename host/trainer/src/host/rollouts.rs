@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use fulgurite_adapter::Trajectory;
+use fulgurite_adapter::{Fit, RowTooLong, Trajectory, Transition, fit};
 use fulgurite_core::algorithm::{AlgorithmHostError, ForkRequest, GroupSpec, Item, TrajectoryView, WaitFor};
 use fulgurite_core::dataset::Split;
 use fulgurite_core::id::RolloutId;
@@ -15,8 +15,10 @@ use fulgurite_runner::{Job, RolloutResult};
 use futures::FutureExt;
 
 use super::batch::{Carried, OpenBatch};
+use super::monitor::{Given, totals};
 use super::{StageHost, runner_error, transition_view};
 use crate::config::AlgorithmGrant;
+use crate::trail::GivenAs;
 
 /// Rollouts that one step may enqueue. 65,536: a bound against a plugin in a loop, far above any real batch.
 const ROLLOUTS_PER_STEP_MAX: u64 = 65_536;
@@ -131,11 +133,18 @@ impl StageHost {
     }
 
     /// Turns finished rollouts into what a plugin sees and keeps their transitions for training.
-    fn view(&self, open: &mut OpenBatch, ended: Vec<(usize, RolloutResult)>) -> Vec<TrajectoryView> {
-        let mut rewards: Vec<Vec<Reward>> = ended
-            .iter()
-            .map(|(_, result)| fulgurite_adapter::accepted(&result.attempt.rewards, &self.rollout.reward_accept))
-            .collect();
+    ///
+    /// # Errors
+    /// When a rollout has a row that is too long, and the config says that the run stops then.
+    fn view(
+        &self,
+        batch: u64,
+        open: &mut OpenBatch,
+        ended: Vec<(usize, RolloutResult)>,
+    ) -> Result<Vec<TrajectoryView>, AlgorithmHostError> {
+        let accept = &self.rollout.reward_accept;
+        let attached = |result: &RolloutResult| self.attach.attach(&result.spans, &result.attempt.rewards, accept);
+        let mut rewards: Vec<Vec<Reward>> = ended.iter().map(|(_, result)| attached(result)).collect();
         if self.experiment.shuffle_rewards {
             self.shuffle(&ended, &mut rewards);
         }
@@ -151,30 +160,66 @@ impl StageHost {
                     *counted = (counted.0 + 1, result.outcome.detail.clone());
                 }
             }
-            let transitions = Trajectory::new(&result.spans, &rewards, &result.spec.sampling).transitions;
+            let is_trained = result.spec.mode == RolloutMode::Train;
+            let mut transitions = Trajectory::new(&result.spans, &rewards, &result.spec.sampling).transitions;
+            let response_tokens = transitions.iter().map(Transition::sampled_tokens).sum();
+            let too_long = is_trained && graded && self.is_too_long(&mut transitions)?;
+            let given = match (graded, too_long) {
+                _ if !is_trained => GivenAs::Estimate,
+                (false, _) => GivenAs::Fault,
+                (true, true) => GivenAs::TooLong,
+                (true, false) if self.experiment.shuffle_rewards => GivenAs::Shuffled,
+                (true, false) => GivenAs::Graded,
+            };
+            state.trail.given(&result.spec.id, given);
+            let group = open.group(place);
+            if is_trained {
+                state.monitor.given(Given {
+                    group: (batch, group),
+                    graded,
+                    too_long,
+                    cut_tokens: transitions.iter().map(|transition| transition.cut_tokens).sum(),
+                    response_tokens,
+                    totals: totals(&rewards),
+                });
+            }
             let sequence = result.spec.id.to_string();
             let mut seen = vec![];
             for transition in transitions {
                 let transition = Arc::new(transition);
                 seen.push(transition_view(&transition));
                 // What is run to choose or to estimate is never trained on.
-                if result.spec.mode != RolloutMode::Train {
+                if !is_trained {
                     state.estimates.insert(transition.id.clone());
-                } else if graded {
-                    state.transitions.insert(transition, sequence.clone());
+                } else if graded && !too_long {
+                    state.transitions.insert(Arc::clone(&transition), sequence.clone());
                 }
             }
             views.push(TrajectoryView {
                 rollout: result.spec.id.clone(),
-                group: open.group(place),
+                group,
                 item_id: result.spec.item_id.clone(),
                 outcome: result.outcome.kind,
-                graded,
+                graded: graded && !too_long,
                 rewards,
                 transitions: seen,
             });
         }
-        views
+        Ok(views)
+    }
+
+    /// Makes the calls of a rollout fit the longest row that is trained on, and says whether the rollout is left out.
+    fn is_too_long(&self, transitions: &mut [Transition]) -> Result<bool, AlgorithmHostError> {
+        let Some(tokens_max) = self.rollout.row_tokens_max else { return Ok(false) };
+        match (fit(transitions, tokens_max, self.rollout.row_too_long), self.rollout.row_too_long) {
+            (Fit::Dropped(row), RowTooLong::Stop) => Err(AlgorithmHostError::Failed(format!(
+                "the row that ends with transition `{}` has {} tokens and `rollout.row_tokens_max` is {tokens_max}; raise it, or set \
+                 `rollout.row_too_long` to `drop` or `truncate`",
+                row.transition, row.tokens
+            ))),
+            (Fit::Dropped(_), _) => Ok(true),
+            (Fit::Whole | Fit::Truncated { .. }, _) => Ok(false),
+        }
     }
 
     fn shuffle(&self, ended: &[(usize, RolloutResult)], rewards: &mut [Vec<Reward>]) {
@@ -259,7 +304,7 @@ impl StageHost {
             self.state().depends_on_arrival = true;
         }
         ended.sort_by_key(|(place, _)| *place);
-        let views = self.view(open, ended);
+        let views = self.view(batch, open, ended)?;
         self.check_faults(open)?;
         Ok(views)
     }
@@ -277,7 +322,9 @@ impl StageHost {
         }
         // They belong to the step that is given them as a group.
         let is_carried = |sequence: &str| RolloutId::new(sequence).is_ok_and(|id| rollouts.contains(&id));
-        self.state().transitions.retain_sequences(|sequence| !is_carried(sequence));
+        let mut state = self.state();
+        state.transitions.retain_sequences(|sequence| !is_carried(sequence));
+        state.monitor.carried(batch, &groups);
         Ok(())
     }
 
