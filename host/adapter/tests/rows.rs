@@ -349,7 +349,9 @@ fn a_call_whose_numbers_do_not_fit_cannot_be_trained_on() {
         let transition = with(&|call| {
             let tokens = Arc::make_mut(call.result.as_mut().unwrap()).tokens.as_mut().unwrap();
             tokens.processed_log_probs = vec![-0.1, -0.1];
-            sets.iter().for_each(|set| tokens.kept.push(set));
+            for set in sets {
+                tokens.kept.push(set);
+            }
         });
         assert_eq!(transition.not_trainable, Some(NotTrainable::NoTokenIds), "{sets:?}");
     }

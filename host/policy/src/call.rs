@@ -283,7 +283,9 @@ impl Generated {
         }
         let (version, token_versions) = versions(&changes, pieces.len());
         let mut kept = KeptTokens::default();
-        pieces.iter().for_each(|piece| kept.push(&piece.drawn.kept));
+        for piece in pieces {
+            kept.push(&piece.drawn.kept);
+        }
         Self {
             prompt,
             completion: pieces.iter().map(|piece| piece.drawn.token).collect(),

@@ -9,7 +9,8 @@ fn tokenizer() -> PolicyTokenizer {
 }
 
 fn ids(tokenizer: &PolicyTokenizer, bytes: &[&[u8]]) -> Vec<u32> {
-    let of = |wanted: &&[u8]| (0..).find(|id| tokenizer.bytes(*id) == *wanted).unwrap();
+    let all = 0..u32::try_from(tokenizer.vocabulary()).unwrap();
+    let of = |wanted: &&[u8]| all.clone().find(|id| tokenizer.bytes(*id) == *wanted).unwrap();
     bytes.iter().map(of).collect()
 }
 
@@ -52,12 +53,12 @@ fn what_was_handed_out_is_a_beginning_of_what_the_ended_completion_says() {
         let stops: Vec<String> =
             ["oo", "a ro", "\u{e9}", " "].map(String::from).into_iter().filter(|_| generator.below(4) == 0).collect();
         let mut drawn: Vec<u32> = vec![];
-        for _ in 0..generator.below(20) + 1 {
+        for _ in 0..=generator.below(20) {
             match generator.below(12) {
                 0 => drawn.extend(&call),
                 1 => drawn.extend(ids(&tokenizer, &[b"\xc3", b"\xa9"])),
                 2..7 => {
-                    drawn.extend(tokenizer.encode(["a room", "r", "o", " ", "ro"][generator.below(5)]).unwrap().iter())
+                    drawn.extend(tokenizer.encode(["a room", "r", "o", " ", "ro"][generator.below(5)]).unwrap().iter());
                 }
                 _ => drawn.push(1 + u32::try_from(generator.below(tokenizer.vocabulary() - 1)).unwrap()),
             }
@@ -68,13 +69,12 @@ fn what_was_handed_out_is_a_beginning_of_what_the_ended_completion_says() {
             let found = |stop: &String| bytes.windows(stop.len()).position(|window| window == stop.as_bytes());
             Some((tokens, stops.iter().filter_map(found).min()?, bytes))
         });
-        let (before_end, whole) = match &ends {
-            Some((tokens, at, bytes)) => (tokens - 1, String::from_utf8_lossy(&bytes[..*at]).into_owned()),
-            None => {
-                let (whole, calls) = tokenizer.parse_completion(&drawn, 0);
-                calls_found += calls.len();
-                (drawn.len() - 1, whole)
-            }
+        let (before_end, whole) = if let Some((tokens, at, bytes)) = &ends {
+            (tokens - 1, String::from_utf8_lossy(&bytes[..*at]).into_owned())
+        } else {
+            let (whole, calls) = tokenizer.parse_completion(&drawn, 0);
+            calls_found += calls.len();
+            (drawn.len() - 1, whole)
         };
         stopped += usize::from(ends.is_some());
         let mut text = SettledText::new(tokenizer.clone(), stops.clone());

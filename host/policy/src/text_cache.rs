@@ -44,7 +44,7 @@ mod tests {
     #[test]
     fn long_prompts_are_remembered_and_memory_is_bounded() {
         let mut cache = TextCache::default();
-        let ids: Arc<[u32]> = (0..TEXT_BYTES_MAX as u32).collect();
+        let ids: Arc<[u32]> = (0_u32..).take(TEXT_BYTES_MAX).collect();
         let text = |number: usize| format!("{number:0>6}{}", "x".repeat(TEXT_BYTES_MAX - 6));
         for number in 0..200 {
             cache.remember(&text(number), &ids);

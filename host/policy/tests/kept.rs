@@ -54,7 +54,9 @@ fn row(sequence: u32, data: &TokenData, temperature: f32) -> TrainingRow {
     let mut kept = KeptTokens::default();
     if !data.kept.is_empty() {
         kept.keep_all_up_to(prompt);
-        (0..data.kept.len()).for_each(|place| kept.push(data.kept.at(place).unwrap_or_default()));
+        for place in 0..data.kept.len() {
+            kept.push(data.kept.at(place).unwrap_or_default());
+        }
     }
     TrainingRow {
         sequence,
