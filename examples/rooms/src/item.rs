@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use example_data::Split;
 use fulgurite_core::seed::{Generator, Seed};
 use serde::{Deserialize, Serialize};
 
@@ -17,20 +18,6 @@ const TWO_NEEDS_ONE_IN: usize = 4;
 const HOURS: std::ops::RangeInclusive<usize> = 8..=17;
 /// Times of the same day that an item knows beside the one that is asked for: asking for a wrong time has an answer too.
 const OTHER_TIMES: usize = 2;
-/// Of so many parts of the combinations, one is validation and one is test data.
-const PARTS: u64 = 10;
-
-/// Which part of the data something belongs to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Split {
-    /// Trained on.
-    Train,
-    /// Looked at by algorithms.
-    Val,
-    /// Drawn by the host alone.
-    Test,
-}
-
 /// What makes two requests the same for a policy that knows the building.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Combination {
@@ -53,11 +40,7 @@ impl Combination {
         for room in &self.free {
             seed = seed.child_index(*room as u64);
         }
-        match seed.value() % PARTS {
-            0 => Split::Val,
-            1 => Split::Test,
-            _ => Split::Train,
-        }
+        Split::of(seed)
     }
 
     /// The free rooms that fit, smallest first.

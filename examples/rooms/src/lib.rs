@@ -10,9 +10,10 @@ mod demonstration;
 mod item;
 
 pub use building::{BUILDING, Feature, Room};
-pub use demonstration::{BEST_SHARE_PERCENT, Demonstration, DemonstrationReference, Message, ToolCall};
-pub use item::{Combination, FREE_ROOMS, Input, Item, Reference, Split, World, items};
+pub use demonstration::BEST_SHARE_PERCENT;
+pub use item::{Combination, FREE_ROOMS, Input, Item, Reference, World, items};
 
+use example_data::{Demonstration, Split};
 use fulgurite_core::seed::Seed;
 
 /// Items of the training split.
@@ -34,7 +35,7 @@ pub struct Data {
     /// Drawn by the host alone.
     pub test: Vec<Item>,
     /// Noisy conversations for supervised training.
-    pub demonstrations: Vec<Demonstration>,
+    pub demonstrations: Vec<Demonstration<Input>>,
 }
 
 /// Makes all data. The same seed makes the same bytes.

@@ -9,34 +9,55 @@ use serde_json::Value;
 use crate::guests;
 use crate::process::{self, Workspace};
 
+/// Which example.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum ExampleName {
+    /// Book a meeting room.
+    Rooms,
+    /// Word problems with a calculator.
+    Calc,
+}
+
+impl ExampleName {
+    /// Its folder's and its config's name.
+    pub(crate) const fn as_str(self) -> &'static str {
+        match self {
+            Self::Rooms => "rooms",
+            Self::Calc => "calc",
+        }
+    }
+}
+
 /// The built example.
 #[derive(Debug)]
 pub(crate) struct Example {
     workspace: Workspace,
+    name: ExampleName,
     /// Folder of the example.
     folder: PathBuf,
 }
 
 impl Example {
     /// Builds guests and host and writes the data.
-    pub(crate) fn build() -> anyhow::Result<Self> {
+    pub(crate) fn build(name: ExampleName) -> anyhow::Result<Self> {
         let workspace = Workspace::load()?;
         println!("==> guests");
         guests::build()?;
         println!("==> host");
-        let packages = ["--package", "fulgurite-cli", "--package", "rooms-data"];
+        let data = format!("{}-data", name.as_str());
+        let packages = ["--package", "fulgurite-cli", "--package", &data];
         process::run(workspace.cargo().args(["build", "--release"]).args(packages))?;
         println!("==> data");
-        let folder = workspace.root.join("examples/rooms");
-        let mut generate = Command::new(binary(&workspace, "rooms-data"));
+        let folder = workspace.root.join("examples").join(name.as_str());
+        let mut generate = Command::new(binary(&workspace, &data));
         process::run(generate.args(["--seed", "0", "--out"]).arg(folder.join("data")))
             .context("cannot write the example's data")?;
-        Ok(Self { workspace, folder })
+        Ok(Self { workspace, name, folder })
     }
 
     /// The example's config file.
     pub(crate) fn config(&self) -> PathBuf {
-        self.folder.join("rooms.toml")
+        self.folder.join(format!("{}.toml", self.name.as_str()))
     }
 
     /// A folder of cargo's, for what may be thrown away.

@@ -6,7 +6,7 @@ use anyhow::Context;
 use clap::Args;
 use serde_json::Value;
 
-use crate::example::{self, Example};
+use crate::example::{self, Example, ExampleName};
 
 /// Options of `learn`.
 #[derive(Debug, Args)]
@@ -42,7 +42,7 @@ impl Promises {
 
 /// Trains with all seeds and all controls, prints the table and returns whether all promises hold.
 pub(crate) fn run(arguments: &LearnArguments) -> anyhow::Result<bool> {
-    let example = Example::build()?;
+    let example = Example::build(ExampleName::Rooms)?;
     let folder = example.scratch("learn");
     let mut promises = Promises { table: String::new(), broken: vec![] };
     promises.table.push_str("| run | row | sampled | greedy | malformed | steps | seconds | rollouts | tokens |\n");

@@ -10,7 +10,7 @@ use anyhow::{Context, bail};
 use clap::Args;
 use fulgurite_core::seed::{Generator, Seed};
 
-use crate::example::{self, Example};
+use crate::example::{self, Example, ExampleName};
 use crate::process::{self, Workspace};
 
 /// Options of `soak`.
@@ -61,7 +61,7 @@ fn fuzz(arguments: &SoakArguments) -> anyhow::Result<bool> {
 
 /// Kills as often as asked and returns whether every run came to the same end as one that was left alone.
 fn kill(arguments: &SoakArguments) -> anyhow::Result<bool> {
-    let example = Example::build()?;
+    let example = Example::build(ExampleName::Rooms)?;
     let folder = example.scratch("soak");
     let config = folder.join("soak.toml");
     example.variant(&config, shorten)?;
