@@ -170,6 +170,7 @@ fn build(case: &Case, variation: &Variation, state: &mut State) {
                 event: index as u64 + 1,
                 agent_role: call.role.clone(),
                 tokens: Some(tokens),
+                cut_tokens: 0,
                 mask: vec![],
                 observed_from,
                 temperature: 1.0,

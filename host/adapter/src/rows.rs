@@ -373,15 +373,7 @@ impl Iterator for WeightList<'_> {
 }
 
 /// Adds one token: trained with its weight and log-probs, or context.
-fn push(
-    row: &mut TrainingRow,
-    call: u32,
-    id: u32,
-    weight: Option<f32>,
-    log_prob: f32,
-    old: Option<f32>,
-    kept: &[u32],
-) {
+fn push(row: &mut TrainingRow, call: u32, id: u32, weight: Option<f32>, log_prob: f32, old: Option<f32>, kept: &[u32]) {
     // Nothing predicts the first token of a row.
     let weight = weight.filter(|_| !row.ids.is_empty());
     let kept = if weight.is_some() { kept } else { &[] };

@@ -215,7 +215,7 @@ fn sequence(transitions: &[Transition]) -> Sequence {
         };
         (std::sync::Arc::new(transition.clone()), entry)
     };
-    Sequence { entries: transitions.iter().map(entry).collect() }
+    Sequence { entries: transitions.iter().map(entry).collect(), ..Sequence::default() }
 }
 
 #[test]

@@ -46,6 +46,7 @@ impl Bench {
             threads: 1,
             batch_wait_ms_max: 0,
             kv_cache_bytes_max: 1 << 20,
+            kv_cache_idle_bytes_max: 1 << 20,
             requests_waiting_max: 10,
             stream_chunk_tokens,
             kept_tokens_max: 0,

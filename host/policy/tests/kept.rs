@@ -64,6 +64,8 @@ fn row(sequence: u32, data: &TokenData, temperature: f32) -> TrainingRow {
         weights: vec![1.0; ids.len()],
         behaviour_log_probs: [vec![0.0; prompt].as_slice(), data.behaviour_log_probs()].concat(),
         old_log_probs: vec![],
+        calls: vec![],
+        group: None,
         stream: Stream::Rl,
         temperature,
         policy_version: data.policy_version,

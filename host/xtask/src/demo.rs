@@ -30,9 +30,9 @@ pub(crate) fn run(arguments: &DemoArguments) -> anyhow::Result<()> {
 }
 
 /// The start of the run's folder's name.
-fn run_name(example: ExampleName) -> String {
+fn run_name(example: ExampleName) -> &'static str {
     match example {
-        ExampleName::Rooms => "demo".to_owned(),
-        other => format!("demo-{}", other.as_str()),
+        ExampleName::Rooms => "demo",
+        ExampleName::Calc => "demo-calc",
     }
 }

@@ -62,7 +62,7 @@ struct Parser<'a> {
 impl Parser<'_> {
     /// The next character that is no blank, left in place.
     fn next(&mut self) -> Option<char> {
-        while self.rest.next_if(|c| c.is_ascii_whitespace()).is_some() {}
+        while self.rest.next_if(char::is_ascii_whitespace).is_some() {}
         self.rest.peek().copied()
     }
 

@@ -3,7 +3,9 @@
 #![allow(dead_code, reason = "each test binary uses a part of this")]
 
 use fulgurite_core::id::{AttemptKey, AttemptNumber, PolicyVersion, ResponseId, RolloutId, SpanId, TraceId};
-use fulgurite_core::llm::{Completion, FinishReason, LlmError, Sampling, TokenData, ToolCall, ToolSpec, Usage};
+use fulgurite_core::llm::{
+    Completion, FinishReason, KeptTokens, LlmError, Sampling, TokenData, ToolCall, ToolSpec, Usage,
+};
 use fulgurite_core::reward::{Reward, RewardSource};
 use fulgurite_core::span::{LlmCall, Span, SpanBody, SpanKind, SpanStatus};
 use fulgurite_core::tool::ToolError;
@@ -64,6 +66,7 @@ impl Attempt {
             processed_log_probs: vec![],
             policy_version: PolicyVersion(1),
             token_versions: vec![],
+            kept: KeptTokens::default(),
         };
         let completion_tokens = u32::try_from(answer.drawn.len()).unwrap();
         let completion = Completion {

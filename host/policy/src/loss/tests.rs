@@ -3,6 +3,7 @@
 #![expect(clippy::float_cmp, reason = "bits are what is tested")]
 
 use fulgurite_core::id::PolicyVersion;
+use fulgurite_core::llm::KeptTokens;
 use fulgurite_core::training::{
     Aggregation, Correction, CorrectionRule, KlEstimator, KlTerm, PolicyLoss, RatioLevel, SequenceScope,
 };
@@ -28,6 +29,7 @@ fn row(sequence: u32, tokens: usize, stream: Stream) -> TrainingRow {
         stream,
         temperature: 1.0,
         policy_version: PolicyVersion(0),
+        kept: KeptTokens::default(),
     }
 }
 

@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use fulgurite_core::id::PolicyVersion;
+use fulgurite_core::llm::KeptTokens;
 use fulgurite_core::training::{
     Aggregation, Correction, CorrectionRule, KlEstimator, KlTerm, LossSpec, PolicyLoss, RatioLevel, SequenceScope,
     Stream, TrainingRow,
@@ -98,6 +99,7 @@ fn vector(value: &Value) -> Vector {
             stream: if is_demonstrated { Stream::Ce } else { Stream::Rl },
             temperature: 1.0,
             policy_version: PolicyVersion(0),
+            kept: KeptTokens::default(),
         }
     });
     Vector {

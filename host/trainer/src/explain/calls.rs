@@ -99,7 +99,8 @@ fn uses(known: &Known, step: u64, update: usize, verb: UpdateVerb, entries: &[En
     let mut uses = vec![];
     let mut rows_before = 0;
     for entries in sequences {
-        let sequence = Sequence { entries: entries.iter().filter_map(|entry| of_entry(entry)).collect(), ..Sequence::default() };
+        let sequence =
+            Sequence { entries: entries.iter().filter_map(|entry| of_entry(entry)).collect(), ..Sequence::default() };
         let (rows, placed) = match placements(&sequence) {
             Ok(built) => built,
             // What was trained on is there no more, or is not what it was: `store check` tells.

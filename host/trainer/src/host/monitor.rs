@@ -174,6 +174,8 @@ fn metric_name(dimension: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use fulgurite_core::llm::KeptTokens;
+
     use super::*;
 
     fn given(group: u64, graded: bool, reward: f64) -> Given {
@@ -245,6 +247,9 @@ mod tests {
             weights: vec![],
             behaviour_log_probs: vec![],
             old_log_probs: vec![],
+            calls: vec![],
+            group: None,
+            kept: KeptTokens::default(),
             stream,
             temperature: 1.0,
             policy_version: PolicyVersion(version),
