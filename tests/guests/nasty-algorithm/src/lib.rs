@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// `verbs`, `forks`, `critic`, `loop`, `trap`, `wait`, `draw`, `huge-state`, one of [`numbers`] or nothing.
+    /// `verbs`, `forks`, `critic`, `loop`, `trap`, `wait`, `draw`, `huge-state`, one of those of `numbers.rs` or nothing.
     pub behaviour: String,
     /// The first step with that behaviour. Earlier ones train on a demonstration.
     pub from_step: u64,
