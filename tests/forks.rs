@@ -150,6 +150,9 @@ fn an_algorithm_estimates_with_forks_that_are_never_trained_on_and_trains_on_tho
     // The refused fork left nothing behind, and forks repeat like everything else that is recorded.
     assert_eq!(rollouts.len(), 2 * (4 + 6 + 1));
     bench.succeed(&["replay", "--all", "--stage", "forks", "--run", "a"]);
+    // From the command line a fork goes on with what its stage has learned, not with the config's random weights.
+    let forked = bench.succeed(&["fork", "forks-00000-0000", "--run", "a", "--at", "1", "--output", "json"]);
+    assert_eq!(lines(&forked.stdout)[0]["policy_version"], 2 * steps.len());
 }
 
 #[test]

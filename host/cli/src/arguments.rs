@@ -404,7 +404,7 @@ The prefix is played back and compared, not copied; tools are run again, so that
 what cannot be done twice (an HTTP call) cannot be forked. Forks are rollouts of the same run: `rollouts show` shows them.
 
 Example:
-  fulgurite fork grpo-00010-0003 --at 1 --count 8 --policy runs/rooms-seed0/policies/grpo")]
+  fulgurite fork grpo-00010-0003 --at 1 --count 8")]
 pub(crate) struct ForkArguments {
     /// The rollout's id.
     pub(crate) rollout: String,
@@ -420,7 +420,8 @@ pub(crate) struct ForkArguments {
     /// Which attempt. Default: the last.
     #[arg(long)]
     pub(crate) attempt: Option<u32>,
-    /// Weights that make the new calls: a folder under policies/ of a training run. Default: what the config says.
+    /// Weights that make the new calls: a folder under policies/ of a training run. Default: those of the rollout's stage at
+    /// its end, or of the last stage that has ended.
     #[arg(long, value_name = "DIR")]
     pub(crate) policy: Option<PathBuf>,
     /// How the result is printed.

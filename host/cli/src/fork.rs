@@ -24,7 +24,7 @@ pub(crate) async fn fork(arguments: ForkArguments) -> Result<(), Failure> {
     };
     let forks = Box::pin(fulgurite_trainer::fork(options, Arc::new(TerminalProgress::new()))).await?;
     if arguments.output == Output::Text {
-        terminal::print(&format!("{:<40} {:<16} {:>7} {:>6}", "fork", "outcome", "reward", "events"));
+        terminal::print(&format!("{:<40} {:<16} {:>7} {:>6} {:>8}", "fork", "outcome", "reward", "events", "policy"));
     }
     for fork in forks {
         let rewards = fork.attempt.rewards.iter().filter(|reward| reward.dimension == DEFAULT_DIMENSION);
@@ -40,7 +40,8 @@ pub(crate) async fn fork(arguments: ForkArguments) -> Result<(), Failure> {
             }))?;
         } else {
             let (id, kind) = (fork.spec.id.as_str(), fork.outcome.kind.as_str());
-            terminal::print(&format!("{id:<40} {kind:<16} {reward:>7.3} {:>6}", fork.spans.len()));
+            let (events, policy) = (fork.spans.len(), fork.spec.policy_version.to_string());
+            terminal::print(&format!("{id:<40} {kind:<16} {reward:>7.3} {events:>6} {policy:>8}"));
         }
     }
     Ok(())

@@ -33,7 +33,8 @@ pub struct ForkOptions {
     pub call: u64,
     /// How many forks.
     pub count: u64,
-    /// Weights that make the calls, a folder under `policies/`; `None`: what the config says.
+    /// Weights that make the calls, a folder under `policies/`. `None`: those of the rollout's stage at its end, or of the last
+    /// stage that has ended; those that the config begins with where nothing was trained.
     pub policy: Option<PathBuf>,
     /// Folder of compiled components.
     pub cache: Option<PathBuf>,
@@ -60,8 +61,9 @@ pub async fn fork(options: ForkOptions, progress: Arc<dyn ProgressSink>) -> Resu
         let config = tokio::task::spawn_blocking(move || config_of(&*store, &run, &spec));
         config.await.map_err(|_| fulgurite_runner::RunnerError::WorkerLost)??
     };
+    let weights = options.policy.clone().or_else(|| trained_weights(&run, &ancestor.spec.stage));
     let setup = Setup::new(config, run, options.cache.clone(), Some(Arc::clone(&store))).await?;
-    if let (Some(path), Some(engine)) = (&options.policy, setup.model.engine()) {
+    if let (Some(path), Some(engine)) = (&weights, setup.model.engine()) {
         engine.restore(path).await?;
     }
     let version = setup.model.engine().map(PolicyEngine::version).unwrap_or_default();
@@ -97,6 +99,17 @@ pub async fn fork(options: ForkOptions, progress: Arc<dyn ProgressSink>) -> Resu
     });
     let batch = setup.runner.submit(jobs, setup.model.backend().await?).await?;
     Ok(batch.all().await?)
+}
+
+/// Weights that the run has kept and that are nearest to those that a stage's rollouts were drawn with.
+fn trained_weights(run: &RunDirectory, stage: &str) -> Option<PathBuf> {
+    // The config was read before; where it cannot be read again there is nothing to choose from.
+    let stages = RunConfig::of_run(run).ok()?.stage;
+    let evaluated = stage.strip_prefix("eval-").and_then(|label| label.rsplit_once('-')).map(|(label, _)| label);
+    let own = [Some(stage), evaluated].into_iter().flatten();
+    own.chain(stages.iter().rev().map(|stage| stage.name.as_str()))
+        .map(|name| run.policy(name))
+        .find(|path| path.is_dir())
 }
 
 /// The run's config with the components that the ancestor ran, whatever has become of the files that it names. What tools are
