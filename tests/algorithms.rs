@@ -17,7 +17,7 @@ use support::{Bench, component};
 const STEPS: usize = 2;
 
 /// Name of a stage, its component, its config beside what all have, and a metric that it must have recorded above 0.
-const STAGES: [(&str, &str, &str, &str); 10] = [
+const STAGES: [(&str, &str, &str, &str); 11] = [
     ("reinforce", "reinforce", "", "gradient_norm"),
     (
         "reinforce-pp",
@@ -33,6 +33,7 @@ const STAGES: [(&str, &str, &str, &str); 10] = [
     ("gigpo", "step_credit", "", "anchored_share"),
     ("tree", "tree_grpo", "group_size = 2\nrounds = 2", "forks"),
     ("monte-carlo", "tree_grpo", "group_size = 4\nmethod = \"monte-carlo\"\nforks_per_state = 2", "estimates"),
+    ("lagging", "grpo", "lag_steps = 1\nmini_batches = 2", "staleness_max"),
 ];
 
 /// A run whose policy has learned enough that rewards differ, and from there on a stage of each.
@@ -86,9 +87,19 @@ fn every_plugin_trains_and_a_killed_run_ends_where_a_whole_one_ends() {
             assert!(trained["scalars"][metric].is_number(), "{name}: no {metric} in {trained}");
         }
     }
-    // Killed in the midst of the critic's stage, and again in that of the forks.
+    // What the first step of the last stage rolled out for the second was drawn before its two optimiser steps.
+    let lagging: Vec<&Value> = rows.iter().filter(|row| row["stage"] == "lagging").map(|row| &row["scalars"]).collect();
+    assert_eq!(
+        (&lagging[0]["staleness_max"], &lagging[1]["staleness_max"]),
+        (&Value::Null, &2.0.into()),
+        "{lagging:?}"
+    );
+    assert_eq!((&lagging[0]["rollouts_total"], &lagging[1]["rollouts_total"]), (&48.0.into(), &48.0.into()));
+    assert!(lagging[0]["correction_mean"].is_null() && lagging[1]["correction_mean"].is_number(), "{lagging:?}");
+    // Killed in the midst of the critic's stage, in that of the forks, and with a batch that waits.
     kill_in(&bench, &["train", "run.toml", "--run", "killed"], "ppo");
     kill_in(&bench, &["train", "run.toml", "--run", "killed", "--resume"], "tree");
+    kill_in(&bench, &["train", "run.toml", "--run", "killed", "--resume"], "lagging");
     let resumed = bench.succeed(&["train", "run.toml", "--run", "killed", "--resume", "--output", "json"]).json();
     assert_eq!(bench.read("whole/metrics.jsonl"), bench.read("killed/metrics.jsonl"));
     for place in 0..STAGES.len() {

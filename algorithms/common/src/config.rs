@@ -54,8 +54,9 @@ impl Sections {
             optimiser: self.optimiser,
             loss: self.loss.settle(preset)?,
         };
-        if settings.filter == Filter::Resample && self.rollouts.start_share < 1.0 {
-            return Err("zero_variance: `resample` needs start_share = 1, it must see a whole round".to_owned());
+        if settings.filter == Filter::Resample && (self.rollouts.start_share < 1.0 || self.rollouts.lag_steps > 0) {
+            let text = "zero_variance: `resample` needs start_share = 1 and lag_steps = 0, it must see a whole round";
+            return Err(text.to_owned());
         }
         Ok(settings)
     }
@@ -150,6 +151,9 @@ mod tests {
             (r#"{"start_share":0}"#, "start_share"),
             (r#"{"start_share":1.1}"#, "start_share"),
             (r#"{"start_share":0.5,"zero_variance":"resample"}"#, "zero_variance"),
+            (r#"{"lag_steps":65}"#, "lag_steps"),
+            (r#"{"lag_steps":1,"start_share":0.5}"#, "lag_steps"),
+            (r#"{"lag_steps":1,"zero_variance":"resample"}"#, "zero_variance"),
             (r#"{"resample_rounds_max":0}"#, "resample_rounds_max"),
             (r#"{"overlong_cache_tokens":5}"#, "overlong_cache_tokens"),
             (r#"{"overlong_tokens_max":5,"overlong_cache_tokens":6}"#, "overlong_cache_tokens"),

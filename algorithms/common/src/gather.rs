@@ -1,6 +1,6 @@
 //! Which rollouts a step trains on. A group is trained on when all of its rollouts have ended, because advantages compare the
 //! rollouts of a group with each other; what is not whole when training starts is carried over to the next step, and that
-//! one waits for it. Nothing is ever more than one step late, and nothing is lost.
+//! one waits for it. Nothing is lost, and nothing is more than one step late, unless a stage is to lag behind.
 
 use std::collections::BTreeMap;
 
@@ -78,6 +78,37 @@ pub(crate) fn gather(groups: &[Group], size: usize, start: Start) -> Result<Gath
     Ok(gathered)
 }
 
+/// How many batches of groups a step rolls out when training lags so many steps behind: the first step begins the whole queue,
+/// and the last ones roll nothing out that no later step could train on.
+pub(crate) const fn batches_ahead(step: u64, steps: u64, lag_steps: u64) -> u64 {
+    let ahead = if step == 0 { lag_steps + 1 } else { 1 };
+    let left = steps.saturating_sub(if step == 0 { 0 } else { step + lag_steps });
+    if ahead < left { ahead } else { left }
+}
+
+/// Rolls batches out, each of `size` groups at most, and returns the rollouts of the one that has waited longest. All the others
+/// are carried over whole; each of them has ended by then, so that the order of arrival decides nothing.
+///
+/// # Errors
+/// When the host refuses a verb.
+pub(crate) fn lagging(batches: &[Vec<Group>], size: usize) -> Result<Vec<(usize, Trajectory)>, AlgorithmError> {
+    let mut waiting = rollouts::carried()?.into_iter();
+    let mut due = waiting.next().map(|batch| batch.await_all(None)).transpose()?;
+    for later in waiting {
+        later.carry(&(0..size).collect::<Vec<_>>())?;
+    }
+    for groups in batches {
+        let fresh = rollouts::enqueue(groups)?;
+        let ended = fresh.await_all(None)?;
+        if due.is_none() {
+            due = Some(ended);
+        } else {
+            fresh.carry(&(0..groups.len()).collect::<Vec<_>>())?;
+        }
+    }
+    Ok(due.unwrap_or_default().into_iter().map(|trajectory| (trajectory.group(), trajectory)).collect())
+}
+
 /// Takes what has ended meanwhile and, where there is nothing else to train on, waits until one group is whole.
 fn wait_for_a_group(
     fresh: &Batch,
@@ -121,6 +152,22 @@ mod tests {
         assert_eq!(Start::of(0.875, 8, false), Start::Count(7));
         assert_eq!(Start::of(0.8, 8, false), Start::Count(7));
         assert_eq!(Start::of(1e-9, 8, false), Start::Count(1));
+    }
+
+    #[test]
+    fn a_lag_trains_every_step_on_a_batch_and_rolls_no_more_out_than_are_trained_on() {
+        for lag in 0..5 {
+            let (mut queue, mut rolled) = (0, 0);
+            for step in 0..7 {
+                let ahead = batches_ahead(step, 7, lag);
+                (queue, rolled) = (queue + ahead, rolled + ahead);
+                assert!(queue > 0, "step {step} of lag {lag} has nothing to train on");
+                queue -= 1;
+            }
+            assert_eq!((queue, rolled), (0, 7), "lag {lag}");
+        }
+        assert_eq!([0, 1, 4, 5, 6].map(|step| batches_ahead(step, 7, 2)), [3, 1, 1, 0, 0]);
+        assert_eq!(batches_ahead(0, 2, 4), 2);
     }
 
     #[test]

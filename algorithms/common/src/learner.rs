@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::{Filter, Settings};
 use crate::curriculum::{self, Latest};
 use crate::draw::Draw;
-use crate::gather::{self, Start};
+use crate::gather::{self, Start, batches_ahead};
 use crate::reference::Divergence;
 use crate::rollout::{self, Rollout};
 
@@ -132,6 +132,9 @@ impl Learner {
     }
 
     fn roll_out(&mut self) -> Result<Vec<Rollout>, AlgorithmError> {
+        if self.settings.rollouts.lag_steps > 0 {
+            return self.roll_out_ahead();
+        }
         let groups = self.groups(self.settings.rollouts.groups_per_step)?;
         let section = &self.settings.rollouts;
         let size = section.group_size as usize;
@@ -144,6 +147,18 @@ impl Learner {
         }
         let read = |(group, trajectory): &(usize, _)| Rollout::read(*group, trajectory, section);
         Ok(gathered.rollouts.iter().map(read).collect())
+    }
+
+    /// Rolls out what later steps train on, and returns what an earlier one has rolled out for this one.
+    fn roll_out_ahead(&mut self) -> Result<Vec<Rollout>, AlgorithmError> {
+        let section = &self.settings.rollouts;
+        let (size, ahead) =
+            (section.groups_per_step, batches_ahead(self.state.steps, section.steps, section.lag_steps));
+        let batches = (0..ahead).map(|_| self.groups(size)).collect::<Result<Vec<_>, _>>()?;
+        let due = gather::lagging(&batches, size as usize)?;
+        self.names = due.iter().map(|(_, trajectory)| trajectory.item_id().0).collect();
+        let section = &self.settings.rollouts;
+        Ok(due.iter().map(|(group, trajectory)| Rollout::read(*group, trajectory, section)).collect())
     }
 
     /// DAPO's dynamic sampling: rolls other items out in place of those whose rollouts earned all the same.

@@ -60,6 +60,9 @@ impl Config {
         if settings.rollouts.start_share < 1.0 {
             return Err("start_share: use 1, forks need all rollouts that they fork".to_owned());
         }
+        if settings.rollouts.lag_steps > 0 {
+            return Err("lag_steps: use 0, forks are made by the weights that are trained".to_owned());
+        }
         if settings.filter == Filter::Resample {
             return Err("zero_variance: use `keep` or `drop`, trees are not resampled".to_owned());
         }
@@ -98,6 +101,7 @@ mod tests {
             (r#"{"epsilon":-1}"#, "epsilon"),
             (r#"{"forks_per_state":0}"#, "forks_per_state"),
             (r#"{"start_share":0.5}"#, "start_share"),
+            (r#"{"lag_steps":1}"#, "lag_steps"),
             (r#"{"zero_variance":"resample"}"#, "zero_variance"),
             (r#"{"overlong_tokens_max":64}"#, "overlong_tokens_max"),
             (r#"{"method":"monte-carlo","group_size":1}"#, "group_size"),

@@ -17,6 +17,9 @@ pub enum Filter {
     Resample,
 }
 
+/// Most steps that training may lag behind. 64: far beyond what any correction mends, and few enough batches to wait at once.
+const LAG_STEPS_MAX: u64 = 64;
+
 /// Keys about rollouts.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -31,6 +34,9 @@ pub struct RolloutSection {
     /// every run of one seed is the same; with less, which groups are trained on first depends on the machine. Groups that
     /// are not whole by then are carried over to the next step.
     pub start_share: f64,
+    /// Steps that training lags behind: each trains on what was rolled out so many steps before. 0; more shows what stale
+    /// rollouts do and what a correction is worth. The first step rolls out all that the next ones wait for.
+    pub lag_steps: u64,
     /// Temperature of the rollouts. 1; anything else is trained at that temperature too.
     pub temperature: f32,
     /// The reward dimension that is optimised. `reward`.
@@ -61,6 +67,7 @@ impl Default for RolloutSection {
             groups_per_step: 16,
             group_size: 8,
             start_share: 1.0,
+            lag_steps: 0,
             temperature: 1.0,
             dimension: "reward".to_owned(),
             agent_roles: vec![],
@@ -88,6 +95,12 @@ impl RolloutSection {
         not_negative("overlong_penalty", self.overlong_penalty)?;
         if !(self.start_share > 0.0 && self.start_share <= 1.0) {
             return Err(format!("start_share: {} is not above 0 and at most 1", self.start_share));
+        }
+        if self.lag_steps > LAG_STEPS_MAX {
+            return Err(format!("lag_steps: use at most {LAG_STEPS_MAX}, the first step rolls out that many batches"));
+        }
+        if self.lag_steps > 0 && self.start_share < 1.0 {
+            return Err("lag_steps: use start_share = 1 with it, batches wait whole".to_owned());
         }
         if !(self.temperature.is_finite() && self.temperature > 0.0) {
             return Err("temperature: use a finite number above 0; greedy rollouts explore nothing".to_owned());

@@ -234,4 +234,9 @@ impl Carried {
             Self::Recorded(record) => record.rollouts.len(),
         }
     }
+
+    /// Whether a step has been given all of it before: then nothing of it depends on when something ends.
+    pub(super) fn has_been_given(&self) -> bool {
+        self.record().rollouts.iter().all(|rollout| rollout.counted)
+    }
 }

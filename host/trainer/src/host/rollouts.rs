@@ -334,7 +334,7 @@ impl StageHost {
         let mut carried = std::mem::take(&mut *self.carried.lock().await);
         carried.sort_by_key(Carried::step);
         // Who draws the rest of a straggler, and so what is learned from it, depends on how long it takes.
-        self.state().depends_on_arrival |= !carried.is_empty();
+        self.state().depends_on_arrival |= !carried.iter().all(Carried::has_been_given);
         let mut numbers = vec![];
         for batch in carried {
             let open = match batch {
