@@ -46,7 +46,7 @@ const VARIANTS: [Variant; 14] = [
     variant("reinforce-pp-baseline", "reinforce", "variant = 'reinforce-plus-plus-baseline'", true),
     variant("rloo", "rloo", "", true),
     variant("grpo", "grpo", "", true),
-    variant("dr-grpo", "grpo", "variant = 'dr-grpo'", true),
+    variant("dr-grpo", "grpo", "variant = 'dr-grpo'\naggregation = { constant = 16 }", true),
     variant("dapo", "grpo", "variant = 'dapo'", true),
     variant("gspo", "grpo", "variant = 'gspo'", true),
     variant("cispo", "grpo", "variant = 'cispo'", true),
