@@ -126,7 +126,13 @@ fn a_plugin_says_which_key_is_wrong() {
         let bench = Bench::with_items(40, 40, 8);
         bench.replace("group_size = 4", &format!("group_size = 4\n{config}"));
         let refused = bench.run(&["train", "run.toml", "--run", "a"]);
-        assert_ne!(refused.code, 0);
+        assert_eq!(refused.code, 2);
         assert!(refused.stderr.contains(says) && refused.stderr.contains("grpo"), "{}", refused.stderr);
+        // Before anything has run: the stage before it and the first evaluation took time for nothing otherwise.
+        assert!(
+            !refused.stderr.contains("held out") && !bench.path().join("a/config.toml").exists(),
+            "{}",
+            refused.stderr
+        );
     }
 }

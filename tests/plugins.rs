@@ -71,6 +71,21 @@ fn check_tells_world_versions_imports_and_limits() {
 }
 
 #[test]
+fn check_tells_the_keys_of_an_algorithm_with_their_defaults() {
+    let bench = Bench::new();
+    let shown = bench.succeed(&["plugin", "check", &component("rloo")]).stdout;
+    for text in ["config", "of rloo 0.1.0", "group_size = 8", "kl_target = (not set)", "algorithm_step_cpu_ms_max"] {
+        assert!(shown.contains(text), "no {text:?} in\n{shown}");
+    }
+    let json = bench.succeed(&["plugin", "check", &component("rloo"), "--output", "json"]).json();
+    assert_eq!(json["algorithm"]["defaults"]["group_size"], 8, "{json}");
+    assert_eq!(
+        bench.succeed(&["plugin", "check", &component("rooms_tool"), "--output", "json"]).json()["algorithm"],
+        serde_json::Value::Null
+    );
+}
+
+#[test]
 fn building_what_is_no_crate_says_what_to_do() {
     let bench = Bench::new();
     let finished = bench.run(&["build", "nowhere"]);

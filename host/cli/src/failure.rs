@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use fulgurite_policy::PolicyError;
+use fulgurite_sandbox::AlgorithmFault;
 use fulgurite_trainer::config::ConfigError;
 use fulgurite_trainer::{EndpointCheckError, TrainError};
 use miette::{LabeledSpan, MietteDiagnostic, NamedSource, Report};
@@ -92,11 +93,15 @@ impl From<TrainError> for Failure {
             | TrainError::Policy(
                 PolicyError::ModelFile { .. } | PolicyError::UnusableDevice { .. } | PolicyError::InvalidConfig { .. },
             )
+            | TrainError::Algorithm { source: AlgorithmFault::InvalidConfig { .. }, .. }
             | TrainError::MissingSplit { .. } => CODE_USAGE,
             TrainError::Stopped | TrainError::Drained { .. } => CODE_INTERRUPTED,
             _ => CODE_FAILED,
         };
         let hint = match &error {
+            TrainError::Algorithm { source: AlgorithmFault::InvalidConfig { .. }, .. } => {
+                Some("`fulgurite plugin check COMPONENT` prints the keys that an algorithm takes, with their defaults")
+            }
             TrainError::Algorithm { .. } | TrainError::EvaluationVoid { .. } => {
                 Some("what the rollouts did: `fulgurite rollouts list` and `fulgurite rollouts show ROLLOUT`")
             }

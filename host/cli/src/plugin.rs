@@ -3,9 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow};
+use fulgurite_core::algorithm::AlgorithmDescription;
 use fulgurite_core::limits::Limits;
 use fulgurite_sandbox::{PluginInfo, PluginWorld, Sandbox, SandboxSettings};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::arguments::{Output, PluginCheckArguments, PluginKind, PluginNewArguments};
 use crate::failure::{Failure, printable};
@@ -76,6 +77,7 @@ pub(crate) fn check(arguments: &PluginCheckArguments) -> Result<(), Failure> {
     let sandbox = Sandbox::new(SandboxSettings::new(paths::cache(), &Limits::default())).map_err(Failure::failed)?;
     let info = sandbox.inspect(&arguments.file).map_err(Failure::usage)?;
     let limits = limits(&info).map_err(Failure::failed)?;
+    let algorithm = algorithm(&sandbox, &info)?;
     if arguments.output == Output::Json {
         let imports: Vec<_> = info.imports.iter().map(|i| json!({"name": i.name, "offered": i.offered})).collect();
         train::print_json(&json!({
@@ -87,9 +89,15 @@ pub(crate) fn check(arguments: &PluginCheckArguments) -> Result<(), Failure> {
             "imports": imports,
             "limits": limits,
             "manifest": info.manifest,
+            "algorithm": algorithm.as_ref().map(|algorithm| json!({
+                "name": algorithm.name,
+                "version": algorithm.version,
+                "defaults": parsed(&algorithm.defaults),
+                "config_schema": parsed(&algorithm.config_schema),
+            })),
         }))?;
     } else {
-        print(&info, &limits);
+        print(&info, &limits, algorithm.as_ref());
     }
     let refused: Vec<_> = info.refused().collect();
     if !refused.is_empty() {
@@ -103,8 +111,41 @@ pub(crate) fn check(arguments: &PluginCheckArguments) -> Result<(), Failure> {
     Ok(())
 }
 
+/// What an algorithm says of itself.
+fn algorithm(sandbox: &Sandbox, info: &PluginInfo) -> Result<Option<AlgorithmDescription>, Failure> {
+    if !info.worlds.contains(&PluginWorld::Algorithm) || info.refused().next().is_some() {
+        return Ok(None);
+    }
+    let plugin = sandbox.load_algorithm(&info.path).map_err(Failure::usage)?;
+    crate::runtime()?.block_on(plugin.describe()).map(Some).map_err(Failure::failed)
+}
+
+/// JSON text of a plugin as a value; what is no JSON stays a text.
+fn parsed(text: &str) -> Value {
+    serde_json::from_str(text).unwrap_or_else(|_| text.into())
+}
+
+/// The keys that `[stage.config]` takes, with what they are when they are left out.
+fn print_config(algorithm: &AlgorithmDescription) {
+    let title = paint(&format!("{:<10}", "config"), Style::Bold, terminal::colours());
+    terminal::print(&format!(
+        "{title} of {} {} (keys under [stage.config], with their defaults)",
+        printable(&algorithm.name),
+        printable(&algorithm.version)
+    ));
+    let defaults = parsed(&algorithm.defaults);
+    let Some(keys) = defaults.as_object() else { return };
+    for (key, value) in keys {
+        let shown = match value {
+            Value::Null => "(not set)".to_owned(),
+            value => value.to_string(),
+        };
+        terminal::print(&format!("  {} = {}", printable(key), printable(&shown)));
+    }
+}
+
 /// The limits that apply to a plugin, with their defaults.
-fn limits(info: &PluginInfo) -> anyhow::Result<serde_json::Map<String, serde_json::Value>> {
+fn limits(info: &PluginInfo) -> anyhow::Result<serde_json::Map<String, Value>> {
     let defaults = serde_json::to_value(Limits::default()).context("cannot list the limits")?;
     let known = |name: &&str| defaults.get(*name).map(|value| ((*name).to_owned(), value.clone()));
     Ok(info.limits.iter().filter_map(known).collect())
@@ -136,7 +177,7 @@ fn print_asks(info: &PluginInfo) {
     }
 }
 
-fn print(info: &PluginInfo, limits: &serde_json::Map<String, serde_json::Value>) {
+fn print(info: &PluginInfo, limits: &serde_json::Map<String, Value>, algorithm: Option<&AlgorithmDescription>) {
     let colours = terminal::colours();
     let title = |text: &str| paint(&format!("{text:<10}"), Style::Bold, colours);
     terminal::print(&format!("{} {}", title("file"), info.path.display()));
@@ -151,12 +192,13 @@ fn print(info: &PluginInfo, limits: &serde_json::Map<String, serde_json::Value>)
         terminal::print(&format!("  {}{}", printable(&import.name), paint(mark, Style::Red, colours)));
     }
     print_asks(info);
-    terminal::print(&format!(
-        "{} (defaults; [limits] in the config changes them, [{}.limits] narrows them)",
-        title("limits"),
-        place(info)
-    ));
+    // An algorithm has the run's limits; those of the others can be narrowed.
+    let narrowed = algorithm.map_or_else(|| format!(", [{}.limits] narrows them", place(info)), |_| String::new());
+    terminal::print(&format!("{} (defaults; [limits] in the config changes them{narrowed})", title("limits")));
     for (name, value) in limits {
         terminal::print(&format!("  {name} = {value}"));
+    }
+    if let Some(algorithm) = algorithm {
+        print_config(algorithm);
     }
 }

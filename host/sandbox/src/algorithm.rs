@@ -149,6 +149,21 @@ impl AlgorithmPlugin {
         instance.describe().await
     }
 
+    /// Shows the plugin a stage's config, in a throw-away instance without a host: a mistake is found before a run has worked for
+    /// hours. A plugin that asks the host for something while it is configured is not judged: only the stage's start can.
+    ///
+    /// # Errors
+    /// When the plugin says that the config is wrong, traps, or reaches a limit.
+    pub async fn check(&self, config: &str, limits: &Limits) -> Result<(), AlgorithmFault> {
+        let mut instance = self.instantiate(AlgorithmImports { host: None }, limits, Seed::new(0)).await?;
+        let description = instance.describe().await?;
+        instance.plugin = format!("{} {}", description.name, description.version);
+        match instance.init(config, None).await {
+            Err(AlgorithmFault::Host { .. }) => Ok(()),
+            checked => checked,
+        }
+    }
+
     /// Starts the algorithm of a stage: `config` is JSON text, already merged over the plugin's defaults; `saved` is what
     /// [`AlgorithmInstance::save`] returned at the last committed step.
     ///

@@ -276,6 +276,13 @@ pub struct StageConfig {
     pub config: toml::Table,
 }
 
+impl StageConfig {
+    /// Its algorithm's own config as JSON text, which is how a plugin takes it.
+    pub(crate) fn settings(&self) -> String {
+        serde_json::to_string(&self.config).unwrap_or_else(|_| "{}".to_owned())
+    }
+}
+
 /// What an algorithm may be granted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

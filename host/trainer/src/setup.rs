@@ -79,6 +79,24 @@ impl Model {
     }
 }
 
+/// The plugins of all stages and controls, each shown its config.
+async fn load_algorithms(
+    sandbox: &Sandbox,
+    config: &RunConfig,
+) -> Result<BTreeMap<PathBuf, Arc<AlgorithmPlugin>>, TrainError> {
+    let mut algorithms = BTreeMap::new();
+    for stage in config.stage.iter().chain(&config.control) {
+        let plugin = match algorithms.get(&stage.algorithm) {
+            Some(known) => Arc::clone(known),
+            None => sandbox.load_algorithm(&stage.algorithm)?,
+        };
+        let failed = |source| TrainError::Algorithm { stage: stage.name.clone(), step: 0, source };
+        plugin.check(&stage.settings(), &config.limits).await.map_err(failed)?;
+        algorithms.insert(stage.algorithm.clone(), plugin);
+    }
+    Ok(algorithms)
+}
+
 impl Setup {
     /// Loads plugins and datasets, opens the run's store unless it is given, and makes the policy with the weights of its
     /// folder or of the run's seed.
@@ -115,12 +133,7 @@ impl Setup {
         for (component, hash) in components {
             keep_component(&run, component, &hash).map_err(TrainError::io(run.components()))?;
         }
-        let mut algorithms = BTreeMap::new();
-        for stage in config.stage.iter().chain(&config.control) {
-            if !algorithms.contains_key(&stage.algorithm) {
-                algorithms.insert(stage.algorithm.clone(), sandbox.load_algorithm(&stage.algorithm)?);
-            }
-        }
+        let algorithms = load_algorithms(&sandbox, &config).await?;
         let store = match store {
             Some(store) => store,
             None => Arc::new(SledStore::open(&run.store())?),

@@ -257,11 +257,10 @@ impl Training {
         };
         let started = Instant::now();
         let described = plugin.describe().await.map_err(failed(self.state.step))?;
-        let settings = serde_json::to_string(&stage.config).unwrap_or_else(|_| "{}".to_owned());
         let limits = &self.setup.config.limits;
         let host_side = Arc::clone(host) as Arc<dyn fulgurite_core::algorithm::AlgorithmHost>;
         let mut instance =
-            plugin.start(settings, plugin_state, host_side, limits).await.map_err(failed(self.state.step))?;
+            plugin.start(stage.settings(), plugin_state, host_side, limits).await.map_err(failed(self.state.step))?;
         let alarms = Alarms::of_stage(&self.setup.config.alarm, &stage.name);
         let budget = stage.tokens_of.as_ref().and_then(|name| {
             self.state.reports.iter().find(|report| report.kind == "stage" && report.name == *name).map(|r| r.tokens)
