@@ -46,7 +46,7 @@ pub(crate) fn items(curriculum: &Curriculum, latest: &Latest, count: u32, step: 
 /// Notes how well the groups of a step went.
 pub(crate) fn note(latest: &mut Latest, rollouts: &[Rollout]) {
     for places in rollout::groups(rollouts).values() {
-        let members: Vec<&Rollout> = places.iter().filter_map(|place| rollouts.get(*place)).collect();
+        let members = rollout::members(rollouts, places);
         let rewards: Vec<f64> = members.iter().filter_map(|rollout| rollout.reward).collect();
         let (Some(first), false) = (members.first(), rewards.is_empty()) else { continue };
         if latest.len() < ITEMS_MAX || latest.contains_key(&first.item.0) {

@@ -1,5 +1,7 @@
 //! A stage of policy gradient steps: what is the same in all plugins.
 
+use std::collections::BTreeSet;
+
 use fulgurite_sdk::algorithm::policy;
 use fulgurite_sdk::algorithm::rollouts::{self, Group, Item, Split};
 use fulgurite_sdk::algorithm::trajectories::TransitionId;
@@ -172,7 +174,7 @@ impl Learner {
             all.extend(ended.iter().map(|trajectory| Rollout::read(first + trajectory.group(), trajectory, section)));
             first += groups.len();
             rounds += 1;
-            let teaching = u32::try_from(teaching_groups(&all)).unwrap_or(u32::MAX);
+            let teaching = u32::try_from(teaching_groups(&all).len()).unwrap_or(u32::MAX);
             missing = wanted.saturating_sub(teaching);
         }
         metrics::scalar("resample_rounds", f64::from(rounds))?;
@@ -243,19 +245,18 @@ impl Learner {
     }
 }
 
-/// How many groups have rollouts that earned something different.
-fn teaching_groups(rollouts: &[Rollout]) -> usize {
-    let members = |places: &Vec<usize>| places.iter().filter_map(|place| rollouts.get(*place)).collect::<Vec<_>>();
-    rollout::groups(rollouts).values().filter(|places| rollout::teaches(&members(places))).count()
+/// The groups whose rollouts earned something different.
+fn teaching_groups(rollouts: &[Rollout]) -> BTreeSet<usize> {
+    let groups = rollout::groups(rollouts).into_iter();
+    let teaching = groups.filter(|(_, places)| rollout::teaches(&rollout::members(rollouts, places)));
+    teaching.map(|(group, _)| group).collect()
 }
 
 /// The rollouts of groups that earned something different.
-fn drop_flat(rollouts: Vec<Rollout>) -> Vec<Rollout> {
-    let groups = rollout::groups(&rollouts);
-    let members = |places: &Vec<usize>| places.iter().filter_map(|place| rollouts.get(*place)).collect::<Vec<_>>();
-    let teaching: Vec<usize> =
-        groups.iter().filter(|(_, places)| rollout::teaches(&members(places))).map(|(group, _)| *group).collect();
-    rollouts.into_iter().filter(|rollout| teaching.contains(&rollout.group)).collect()
+fn drop_flat(mut rollouts: Vec<Rollout>) -> Vec<Rollout> {
+    let teaching = teaching_groups(&rollouts);
+    rollouts.retain(|rollout| teaching.contains(&rollout.group));
+    rollouts
 }
 
 /// Leaves calls out of the loss that are too old, and tells how many. Their rollouts stay in the baselines.
@@ -285,7 +286,7 @@ mod tests {
             example(2, Some(1.0), &[5]),
             example(2, None, &[6]),
         ];
-        assert_eq!(teaching_groups(&rollouts), 1);
+        assert_eq!(teaching_groups(&rollouts), BTreeSet::from([0]));
         let kept: Vec<usize> = drop_flat(rollouts).iter().map(|rollout| rollout.group).collect();
         assert_eq!(kept, [0, 0]);
     }

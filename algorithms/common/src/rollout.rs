@@ -58,6 +58,23 @@ pub struct Rollout {
 }
 
 impl Rollout {
+    /// A rollout that ended by itself and has these calls and nothing else. Its item is named after its group, whose rollouts
+    /// are all of one item.
+    #[must_use]
+    pub fn new(id: impl Into<String>, group: usize, reward: Option<f64>, calls: Vec<Call>) -> Self {
+        Self {
+            id: RolloutId(id.into()),
+            item: ItemId(format!("item-{group}")),
+            group,
+            reward,
+            shaping: 0.0,
+            other_rewards: BTreeMap::new(),
+            is_malformed: false,
+            is_cut_off: false,
+            calls,
+        }
+    }
+
     /// Reads what matters of what happened.
     #[must_use]
     pub fn read(group: usize, trajectory: &Trajectory, section: &RolloutSection) -> Self {
@@ -131,6 +148,21 @@ impl Rollout {
 }
 
 impl Call {
+    /// A call that is trained on, of the first weights, which earned nothing by itself.
+    #[must_use]
+    pub fn new(id: impl Into<String>, completion_tokens: u32) -> Self {
+        Self {
+            id: TransitionId(id.into()),
+            event: 0,
+            is_trained: true,
+            completion_tokens,
+            policy_version: 0,
+            reward: 0.0,
+            prompt_hash: 0,
+            observation_hash: 0,
+        }
+    }
+
     fn read(transition: &Transition, section: &RolloutSection) -> Self {
         let roles = &section.agent_roles;
         let trains = |role: &str| roles.is_empty() || roles.iter().any(|known| known == role);
@@ -158,6 +190,12 @@ pub fn groups(rollouts: &[Rollout]) -> BTreeMap<usize, Vec<usize>> {
     places
 }
 
+/// The rollouts at these places.
+#[must_use]
+pub fn members<'a>(rollouts: &'a [Rollout], places: &[usize]) -> Vec<&'a Rollout> {
+    places.iter().filter_map(|place| rollouts.get(*place)).collect()
+}
+
 /// One advantage per rollout, each compared within its group. `reward` tells what a rollout is compared by.
 #[must_use]
 pub fn advantages(
@@ -167,7 +205,7 @@ pub fn advantages(
 ) -> Vec<Option<f64>> {
     let mut advantages = vec![None; rollouts.len()];
     for places in groups(rollouts).values() {
-        let members: Vec<&Rollout> = places.iter().filter_map(|place| rollouts.get(*place)).collect();
+        let members = members(rollouts, places);
         let rewards: Vec<Option<f64>> = members.iter().map(|rollout| reward(rollout)).collect();
         let lengths: Vec<f64> = members.iter().map(|rollout| rollout.tokens()).collect();
         for (place, advantage) in places.iter().zip(estimator.advantages(&rewards, &lengths)) {
@@ -191,7 +229,7 @@ pub fn teaches(rollouts: &[&Rollout]) -> bool {
 pub fn numbers(rollouts: &[Rollout]) -> Vec<(String, f64)> {
     let (mut scored_groups, mut flat_groups) = (0_u32, 0_u32);
     for places in groups(rollouts).values() {
-        let members: Vec<&Rollout> = places.iter().filter_map(|place| rollouts.get(*place)).collect();
+        let members = members(rollouts, places);
         let is_scored = members.iter().any(|rollout| rollout.reward.is_some());
         scored_groups += u32::from(is_scored);
         flat_groups += u32::from(is_scored && !teaches(&members));
@@ -241,29 +279,11 @@ pub fn staleness(rollouts: &[Rollout], current: u64) -> Option<(f64, f64)> {
     Some((mean(&behind), most))
 }
 
+/// A rollout of calls with these ids, each of 5 tokens that version 3 drew.
 #[cfg(test)]
 pub(crate) fn example(group: usize, reward: Option<f64>, ids: &[u32]) -> Rollout {
-    let call = |id: &u32| Call {
-        id: TransitionId(id.to_string()),
-        event: 0,
-        is_trained: true,
-        completion_tokens: 5,
-        policy_version: 3,
-        reward: 0.0,
-        prompt_hash: u64::from(*id),
-        observation_hash: u64::from(*id),
-    };
-    Rollout {
-        id: RolloutId(format!("rollout-{ids:?}")),
-        item: ItemId(format!("item-{group}")),
-        group,
-        reward,
-        shaping: 0.0,
-        other_rewards: BTreeMap::new(),
-        is_malformed: false,
-        is_cut_off: false,
-        calls: ids.iter().map(call).collect(),
-    }
+    let call = |id: &u32| Call { policy_version: 3, ..Call::new(id.to_string(), 5) };
+    Rollout::new(format!("rollout-{ids:?}"), group, reward, ids.iter().map(call).collect())
 }
 
 #[cfg(test)]

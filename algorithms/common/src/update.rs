@@ -43,21 +43,15 @@ impl Learner {
         let correction = self.anchor(&samples)?;
         let loss = self.settings.loss.loss(self.kl_coefficient(), correction);
         let step = self.settings.optimiser.at(self.state.steps, self.settings.rollouts.steps, None);
-        let mut draw = self.draw("mini-batches");
-        let mut last = Round::default();
-        for _ in 0..self.settings.optimiser.updates_per_step {
-            last = Round::default();
-            for batch in sample::mini_batches(&samples, self.settings.optimiser.mini_batches, &mut draw) {
-                // Without any gradient an optimiser step would still move the weights, by its momentum.
-                if sample::teaches(&batch) || self.settings.loss.has_gradient_without_advantage() {
-                    let entries: Vec<Entry> = batch.iter().map(|sample| sample.entry()).collect();
-                    let found = policy::forward_backward(&Model::Policy, &entries, &loss)?;
-                    let stepped = self.optimise(&step)?;
-                    last.batches.push((found, stepped));
-                }
-                last.extras.push(extra(&batch)?);
+        let last = self.rounds(&samples, extra, |learner, batch| {
+            // Without any gradient an optimiser step would still move the weights, by its momentum.
+            if !sample::teaches(batch) && !learner.settings.loss.has_gradient_without_advantage() {
+                return Ok(None);
             }
-        }
+            let entries: Vec<Entry> = batch.iter().map(|sample| sample.entry()).collect();
+            let found = policy::forward_backward(&Model::Policy, &entries, &loss)?;
+            Ok(Some((found, learner.optimise(&step)?)))
+        })?;
         self.record(&last, &step, correction.is_some())
     }
 
@@ -69,15 +63,28 @@ impl Learner {
         if samples.is_empty() {
             return self.nothing_to_train_on();
         }
+        let last = self.rounds(samples, extra, |_, _| Ok(None))?;
+        last.extra_means().into_iter().try_for_each(|(name, value)| scalar(name, Some(value)))
+    }
+
+    /// Goes through the mini-batches of a step as often as the config says, and returns what the last time found. `train` does
+    /// what the policy's loss asks for, and tells what it and the optimiser's step found, where there was one.
+    fn rounds(
+        &mut self,
+        samples: &[Sample],
+        extra: &mut Extra<'_>,
+        mut train: impl FnMut(&mut Self, &[&Sample]) -> Result<Option<(Numbers, Numbers)>, AlgorithmError>,
+    ) -> Result<Round, AlgorithmError> {
         let mut draw = self.draw("mini-batches");
         let mut last = Round::default();
         for _ in 0..self.settings.optimiser.updates_per_step {
             last = Round::default();
             for batch in sample::mini_batches(samples, self.settings.optimiser.mini_batches, &mut draw) {
+                last.batches.extend(train(self, &batch)?);
                 last.extras.push(extra(&batch)?);
             }
         }
-        last.extra_means().into_iter().try_for_each(|(name, value)| scalar(name, Some(value)))
+        Ok(last)
     }
 
     /// A step in which no rollout can be trained on is a mistake of the config, unless it is the filter's doing.

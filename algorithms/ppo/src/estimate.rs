@@ -101,32 +101,12 @@ fn numbers(values: &[f64], returns: &[f64]) -> Vec<(&'static str, f64)> {
 #[cfg(test)]
 mod tests {
     use fulgurite_policy_gradient::rollout::Call;
-    use fulgurite_sdk::algorithm::rollouts::{ItemId, RolloutId};
 
     use super::*;
 
     fn rollout(name: &str, reward: Option<f64>, tokens: &[u32]) -> Rollout {
-        let call = |(index, count): (usize, &u32)| Call {
-            id: TransitionId(format!("{name}/{index}")),
-            event: 0,
-            is_trained: true,
-            completion_tokens: *count,
-            policy_version: 0,
-            reward: 0.0,
-            prompt_hash: 0,
-            observation_hash: 0,
-        };
-        Rollout {
-            id: RolloutId(name.to_owned()),
-            item: ItemId(String::new()),
-            group: 0,
-            reward,
-            shaping: 0.0,
-            other_rewards: BTreeMap::new(),
-            is_malformed: false,
-            is_cut_off: false,
-            calls: tokens.iter().enumerate().map(call).collect(),
-        }
+        let call = |(index, count): (usize, &u32)| Call::new(format!("{name}/{index}"), *count);
+        Rollout::new(name, 0, reward, tokens.iter().enumerate().map(call).collect())
     }
 
     fn values(of: &[(&str, &[f64])]) -> Values {

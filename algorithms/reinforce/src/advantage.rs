@@ -55,34 +55,13 @@ fn whiten_all(advantages: Vec<Option<Vec<f64>>>) -> Vec<Option<Vec<f64>>> {
 #[cfg(test)]
 mod tests {
     use fulgurite_policy_gradient::rollout::Call;
-    use fulgurite_sdk::algorithm::rollouts::{ItemId, RolloutId};
-    use fulgurite_sdk::algorithm::trajectories::TransitionId;
 
     use super::*;
     use crate::config::Variant;
 
     fn rollout(group: usize, reward: Option<f64>, tokens: &[u32]) -> Rollout {
-        let call = |(index, count): (usize, &u32)| Call {
-            id: TransitionId(format!("{group}/{index}")),
-            event: 0,
-            is_trained: true,
-            completion_tokens: *count,
-            policy_version: 0,
-            reward: 0.0,
-            prompt_hash: 0,
-            observation_hash: 0,
-        };
-        Rollout {
-            id: RolloutId(String::new()),
-            item: ItemId(String::new()),
-            group,
-            reward,
-            shaping: 0.0,
-            other_rewards: std::collections::BTreeMap::new(),
-            is_malformed: false,
-            is_cut_off: false,
-            calls: tokens.iter().enumerate().map(call).collect(),
-        }
+        let call = |(index, count): (usize, &u32)| Call::new(format!("{group}/{index}"), *count);
+        Rollout::new("", group, reward, tokens.iter().enumerate().map(call).collect())
     }
 
     fn of(rollouts: &[Rollout], config: &Config) -> Vec<Option<Vec<f64>>> {

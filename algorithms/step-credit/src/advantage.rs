@@ -39,7 +39,7 @@ pub fn credits(rollouts: &[Rollout], divergence: &Divergence, config: &Config) -
                 }
             }
             Method::Gigpo => {
-                let members: Vec<&Rollout> = places.iter().filter_map(|place| rollouts.get(*place)).collect();
+                let members = rollout::members(rollouts, places);
                 let states: Vec<Vec<Visit<u64>>> = members
                     .iter()
                     .zip(&of_group)
@@ -88,37 +88,18 @@ fn count_shared(states: &[Vec<Visit<u64>>]) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use fulgurite_policy_gradient::rollout::Call;
-    use fulgurite_sdk::algorithm::rollouts::{ItemId, RolloutId};
-    use fulgurite_sdk::algorithm::trajectories::TransitionId;
 
     use super::*;
 
     /// A rollout of calls that saw these things.
     fn rollout(group: usize, reward: Option<f64>, seen: &[u64]) -> Rollout {
         let call = |(index, observation): (usize, &u64)| Call {
-            id: TransitionId(format!("{group}/{reward:?}/{index}")),
-            event: 0,
-            is_trained: true,
-            completion_tokens: 1,
-            policy_version: 0,
-            reward: 0.0,
             prompt_hash: seen[..=index].iter().fold(17, |hash, seen| hash * 31 + seen),
             observation_hash: *observation,
+            ..Call::new(format!("{group}/{reward:?}/{index}"), 1)
         };
-        Rollout {
-            id: RolloutId(String::new()),
-            item: ItemId(String::new()),
-            group,
-            reward,
-            shaping: 0.0,
-            other_rewards: BTreeMap::new(),
-            is_malformed: false,
-            is_cut_off: false,
-            calls: seen.iter().enumerate().map(call).collect(),
-        }
+        Rollout::new("", group, reward, seen.iter().enumerate().map(call).collect())
     }
 
     fn of(rollouts: &[Rollout], config: &Config) -> Vec<Option<Vec<f64>>> {

@@ -16,7 +16,7 @@ pub type Outcomes = BTreeMap<TransitionId, Vec<f64>>;
 pub fn credits(rollouts: &[Rollout], outcomes: &Outcomes, divergence: &Divergence) -> Vec<Option<Vec<Credit>>> {
     let mut start = BTreeMap::new();
     for (group, places) in rollout::groups(rollouts) {
-        let members = places.iter().filter_map(|place| rollouts.get(*place));
+        let members = rollout::members(rollouts, &places).into_iter();
         let rewards: Vec<f64> = members.filter_map(Rollout::shaped_reward).collect();
         start.insert(group, if rewards.is_empty() { None } else { Some(mean(&rewards)) });
     }
@@ -41,32 +41,12 @@ pub fn credits(rollouts: &[Rollout], outcomes: &Outcomes, divergence: &Divergenc
 #[cfg(test)]
 mod tests {
     use fulgurite_policy_gradient::rollout::Call;
-    use fulgurite_sdk::algorithm::rollouts::{ItemId, RolloutId};
 
     use super::*;
 
     fn rollout(name: &str, reward: Option<f64>, calls: u64) -> Rollout {
-        let call = |index: u64| Call {
-            id: TransitionId(format!("{name}/{index}")),
-            event: index,
-            is_trained: true,
-            completion_tokens: 1,
-            policy_version: 0,
-            reward: 0.0,
-            prompt_hash: 0,
-            observation_hash: 0,
-        };
-        Rollout {
-            id: RolloutId(name.to_owned()),
-            item: ItemId(String::new()),
-            group: 0,
-            reward,
-            shaping: 0.0,
-            other_rewards: BTreeMap::new(),
-            is_malformed: false,
-            is_cut_off: false,
-            calls: (0..calls).map(call).collect(),
-        }
+        let call = |index: u64| Call { event: index, ..Call::new(format!("{name}/{index}"), 1) };
+        Rollout::new(name, 0, reward, (0..calls).map(call).collect())
     }
 
     #[test]

@@ -62,7 +62,7 @@ pub fn credits(
 ) -> Vec<Option<Vec<Credit>>> {
     let mut advantages: Vec<Option<f64>> = vec![None; rollouts.len()];
     for places in rollout::groups(rollouts).values() {
-        let members: Vec<&Rollout> = places.iter().filter_map(|place| rollouts.get(*place)).collect();
+        let members = rollout::members(rollouts, places);
         let rewards: Vec<Option<f64>> = members.iter().map(|rollout| divergence.reward(rollout)).collect();
         let tree = |rollout: &&Rollout| branches.get(&rollout.id).map_or(usize::MAX, |branch| branch.tree);
         let trees: Vec<usize> = members.iter().map(tree).collect();
@@ -87,32 +87,12 @@ pub fn credits(
 #[cfg(test)]
 mod tests {
     use fulgurite_policy_gradient::rollout::Call;
-    use fulgurite_sdk::algorithm::rollouts::ItemId;
 
     use super::*;
 
     fn rollout(name: &str, reward: Option<f64>, calls: u64) -> Rollout {
-        let call = |index: u64| Call {
-            id: TransitionId(format!("{name}/{index}")),
-            event: 10 + index,
-            is_trained: true,
-            completion_tokens: 1,
-            policy_version: 0,
-            reward: 0.0,
-            prompt_hash: 0,
-            observation_hash: 0,
-        };
-        Rollout {
-            id: RolloutId(name.to_owned()),
-            item: ItemId(String::new()),
-            group: 0,
-            reward,
-            shaping: 0.0,
-            other_rewards: BTreeMap::new(),
-            is_malformed: false,
-            is_cut_off: false,
-            calls: (0..calls).map(call).collect(),
-        }
+        let call = |index: u64| Call { event: 10 + index, ..Call::new(format!("{name}/{index}"), 1) };
+        Rollout::new(name, 0, reward, (0..calls).map(call).collect())
     }
 
     fn branches(of: &[(&str, usize, &[&str])]) -> Branches {
