@@ -21,6 +21,9 @@ pub use llm::{
     wait_any,
 };
 
+/// Characters of what the policy said in [`AgentError::malformed`]. 120: a person sees what it was about.
+const SHOWN_CHARS_MAX: usize = 120;
+
 /// An agent. Export it with [`agent!`](crate::agent!).
 pub trait Agent: 'static {
     /// What an item's `input` holds.
@@ -46,7 +49,8 @@ pub enum AgentError {
     #[error("the model failed: {0}")]
     Llm(#[from] LlmError),
     /// A call of a tool failed and the agent has nothing to return. Blamed on the agent's code, unless the host knows
-    /// better: when the *policy* chose the arguments, decide yourself whether it was a [`Self::MalformedAnswer`].
+    /// better: when the *policy* chose the arguments, it may have been a [`Self::MalformedAnswer`]; [`tools::answer`] decides
+    /// that.
     #[error("a tool failed: {0}")]
     Tool(#[from] tools::ToolError),
     /// The input is not what the agent expects. Blamed on the agent's code or the dataset.
@@ -55,6 +59,15 @@ pub enum AgentError {
     /// Anything else. Blamed on the agent's code.
     #[error("{0}")]
     Other(String),
+}
+
+impl AgentError {
+    /// What the policy said is of no use: `what` it did, and the beginning of its words.
+    #[must_use]
+    pub fn malformed(what: &str, said: &str) -> Self {
+        let shown: String = said.chars().take(SHOWN_CHARS_MAX).collect();
+        Self::MalformedAnswer(format!("{what}: {shown:?}"))
+    }
 }
 
 impl From<AgentError> for wit::AgentError {
@@ -114,5 +127,18 @@ impl<A: Agent> wit::Guest for Export<A> {
         let outcome = A::run(input)?;
         serde_json::to_string(&outcome)
             .map_err(|error| wit::AgentError::Other(format!("the outcome cannot be written as JSON: {error}")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_malformed_answer_is_shown_by_its_beginning() {
+        let error = AgentError::malformed("answered no number", "two\n");
+        assert_eq!(error, AgentError::MalformedAnswer("answered no number: \"two\\n\"".to_owned()));
+        let AgentError::MalformedAnswer(long) = AgentError::malformed("x", &"é".repeat(999)) else { panic!() };
+        assert_eq!(long.chars().filter(|character| *character == 'é').count(), SHOWN_CHARS_MAX);
     }
 }

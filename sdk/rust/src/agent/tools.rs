@@ -3,6 +3,7 @@
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::agent::AgentError;
 use crate::types::{LimitReached, ToolCall, ToolSpec};
 use crate::wit::agent::fulgurite::agent::tools as wit;
 
@@ -78,9 +79,26 @@ pub fn call<T: DeserializeOwned>(name: &str, arguments: &impl Serialize) -> Resu
 /// Makes the call that a model asked for and returns the tool's answer, JSON text.
 ///
 /// # Errors
-/// When the call fails; see [`ToolError::is_callers_fault`].
+/// When the call fails; see [`ToolError::is_callers_fault`], and [`answer`], which goes by it.
 pub fn execute(call: &ToolCall) -> Result<String, ToolError> {
     Ok(wit::call(&call.name, &call.arguments)?)
+}
+
+/// Makes the call that the policy asked for and returns what the conversation goes on with: the tool's answer as text. A JSON
+/// string loses its quotes, everything else stays as it is.
+///
+/// # Errors
+/// When the call fails. The policy wrote its name and arguments, so one that cannot be made is a malformed answer.
+pub fn answer(call: &ToolCall) -> Result<String, AgentError> {
+    execute(call).map(plain).map_err(blame)
+}
+
+fn plain(json: String) -> String {
+    serde_json::from_str(&json).unwrap_or(json)
+}
+
+fn blame(error: ToolError) -> AgentError {
+    if error.is_callers_fault() { AgentError::MalformedAnswer(error.to_string()) } else { AgentError::Tool(error) }
 }
 
 /// A call under way. Dropping it cancels the call.
@@ -125,4 +143,24 @@ pub fn wait_any(calls: &[&PendingCall]) -> Result<usize, ToolError> {
 
 fn read<T: DeserializeOwned>(answer: &str) -> Result<T, ToolError> {
     serde_json::from_str(answer).map_err(|error| ToolError::UnexpectedAnswer(error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bad_calls_are_the_policys_fault_and_broken_tools_are_not() {
+        assert!(matches!(blame(ToolError::InvalidArguments(String::new())), AgentError::MalformedAnswer(_)));
+        assert!(matches!(blame(ToolError::UnknownTool(String::new())), AgentError::MalformedAnswer(_)));
+        assert!(matches!(blame(ToolError::Failed(String::new())), AgentError::Tool(_)));
+    }
+
+    #[test]
+    fn tool_answers_are_forwarded_as_text() {
+        assert_eq!(plain(r#""R07 R02""#.to_owned()), "R07 R02");
+        assert_eq!(plain(r#"["R07"]"#.to_owned()), r#"["R07"]"#);
+        assert_eq!(plain(r#""19""#.to_owned()), "19");
+        assert_eq!(plain("19".to_owned()), "19");
+    }
 }
