@@ -10,7 +10,7 @@ mod problem;
 pub use demonstration::RIGHT_SHARE_PERCENT;
 pub use problem::{Input, Item, Operation, Problem, Reference, STEPS, World, items};
 
-use example_data::{Demonstration, Split};
+use example_data::Split;
 use fulgurite_core::seed::Seed;
 
 /// Items of the training split.
@@ -23,17 +23,7 @@ pub const TEST_ITEMS: usize = 1_000;
 pub const DEMONSTRATIONS: usize = 6_000;
 
 /// All of the example's data.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Data {
-    /// Trained on.
-    pub train: Vec<Item>,
-    /// Looked at by algorithms.
-    pub val: Vec<Item>,
-    /// Drawn by the host alone.
-    pub test: Vec<Item>,
-    /// Noisy conversations for supervised training.
-    pub demonstrations: Vec<Demonstration<Input>>,
-}
+pub type Data = example_data::Data<Item, Input>;
 
 /// Makes all data. The same seed makes the same bytes.
 #[must_use]

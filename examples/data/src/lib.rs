@@ -87,33 +87,56 @@ pub struct ToolCall {
     pub arguments: serde_json::Value,
 }
 
-/// Writes an example's data as JSONL files.
-#[derive(Debug, Parser)]
-pub struct Arguments {
-    /// Seed from which everything follows.
-    #[arg(long, default_value_t = 0)]
-    pub seed: u64,
-    /// Folder to write into.
-    #[arg(long)]
-    pub out: PathBuf,
+/// All of an example's data.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Data<Item, Input> {
+    /// Trained on.
+    pub train: Vec<Item>,
+    /// Looked at by algorithms.
+    pub val: Vec<Item>,
+    /// Drawn by the host alone.
+    pub test: Vec<Item>,
+    /// Noisy conversations for supervised training.
+    pub demonstrations: Vec<Demonstration<Input>>,
 }
 
-impl Arguments {
-    /// The folder to write into, made where it is missing.
+impl<Item: Serialize, Input: Serialize> Data<Item, Input> {
+    /// Writes a JSONL file of each part into a folder, which is made where it is missing. A file that has its content already is
+    /// left alone.
     ///
     /// # Errors
-    /// When it cannot be made.
-    pub fn folder(&self) -> anyhow::Result<&Path> {
-        std::fs::create_dir_all(&self.out).with_context(|| format!("cannot create `{}`", self.out.display()))?;
-        Ok(&self.out)
+    /// When the folder cannot be made or a file cannot be written.
+    pub fn write(&self, folder: &Path) -> anyhow::Result<()> {
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot create `{}`", folder.display()))?;
+        write(folder, "train", &self.train)?;
+        write(folder, "val", &self.val)?;
+        write(folder, "test", &self.test)?;
+        write(folder, "demonstrations", &self.demonstrations)
     }
 }
 
-/// Writes `{name}.jsonl`, unless it has that content already.
+/// Writes an example's data as JSONL files.
+#[derive(Debug, Parser)]
+struct Arguments {
+    /// Seed from which everything follows.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Folder to write into.
+    #[arg(long)]
+    out: PathBuf,
+}
+
+/// The program of an example: makes its data with the seed of the command line, and writes it.
 ///
 /// # Errors
-/// When it cannot be written.
-pub fn write<T: Serialize>(folder: &Path, name: &str, lines: &[T]) -> anyhow::Result<()> {
+/// See [`Data::write`].
+pub fn run<Item: Serialize, Input: Serialize>(generate: impl FnOnce(Seed) -> Data<Item, Input>) -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    generate(Seed::new(arguments.seed)).write(&arguments.out)
+}
+
+/// Writes `{name}.jsonl`, unless it has that content already.
+fn write<T: Serialize>(folder: &Path, name: &str, lines: &[T]) -> anyhow::Result<()> {
     let path = folder.join(format!("{name}.jsonl"));
     let mut text = String::new();
     for line in lines {
@@ -126,4 +149,23 @@ pub fn write<T: Serialize>(folder: &Path, name: &str, lines: &[T]) -> anyhow::Re
     std::fs::write(&path, text).with_context(|| format!("cannot write `{}`", path.display()))?;
     println!("{:>6} lines            {}", lines.len(), path.display());
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_part_is_a_file_of_lines() {
+        let parent = tempfile::tempdir().unwrap();
+        let folder = parent.path().join("made/where/missing");
+        let reference = DemonstrationReference { messages: vec![Message::say("user", "Hi")] };
+        let demonstrations = vec![Demonstration { id: "d".to_owned(), input: "in", reference }];
+        let data = Data { train: vec![1, 2], val: vec![3], test: vec![], demonstrations };
+        data.write(&folder).unwrap();
+        let read = |name: &str| std::fs::read_to_string(folder.join(format!("{name}.jsonl"))).unwrap();
+        assert_eq!(["train", "val", "test"].map(read), ["1\n2\n", "3\n", ""]);
+        let demonstration = r#"{"id":"d","input":"in","reference":{"messages":[{"role":"user","content":"Hi"}]}}"#;
+        assert_eq!(read("demonstrations"), format!("{demonstration}\n"));
+    }
 }

@@ -13,7 +13,7 @@ pub use building::{BUILDING, Feature, Room};
 pub use demonstration::BEST_SHARE_PERCENT;
 pub use item::{Combination, FREE_ROOMS, Input, Item, Reference, World, items};
 
-use example_data::{Demonstration, Split};
+use example_data::Split;
 use fulgurite_core::seed::Seed;
 
 /// Items of the training split.
@@ -26,17 +26,7 @@ pub const TEST_ITEMS: usize = 1_000;
 pub const DEMONSTRATIONS: usize = 4_000;
 
 /// All of the example's data.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Data {
-    /// Trained on.
-    pub train: Vec<Item>,
-    /// Looked at by algorithms.
-    pub val: Vec<Item>,
-    /// Drawn by the host alone.
-    pub test: Vec<Item>,
-    /// Noisy conversations for supervised training.
-    pub demonstrations: Vec<Demonstration<Input>>,
-}
+pub type Data = example_data::Data<Item, Input>;
 
 /// Makes all data. The same seed makes the same bytes.
 #[must_use]

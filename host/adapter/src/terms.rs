@@ -24,6 +24,7 @@ use fulgurite_core::record::RolloutMode;
 use fulgurite_core::reward::{Reward, RewardSource};
 use fulgurite_core::reward_term::{REWARD_TERMS_MAX, RewardTerm, RewardTermKind, TermScope};
 use fulgurite_core::span::Span;
+use fulgurite_credit::shaping::overlong;
 use regex::{Regex, RegexBuilder};
 
 pub(crate) use self::facts::asking_call;
@@ -242,7 +243,7 @@ impl Term {
     fn tokens(&self, tokens: u64) -> Found {
         let most = self.declared.tokens_max.unwrap_or(1);
         let value = match self.declared.cache_tokens {
-            Some(cache) => overlong_value(tokens, most, cache),
+            Some(cache) => overlong(tokens, most.into(), cache.into()),
             None => length_value(tokens, most),
         };
         Found { value, why: format!("{tokens} tokens, at most {most} are wanted") }
@@ -265,14 +266,6 @@ struct Judged {
 #[must_use]
 pub fn length_value(tokens: u64, tokens_max: u32) -> f64 {
     -(tokens as f64 / f64::from(tokens_max.max(1))).min(1.0)
-}
-
-/// DAPO's soft punishment of length (arXiv 2503.14476, equation 13): 0 up to `tokens_max - cache_tokens`, falling to -1 at
-/// `tokens_max`, -1 beyond.
-#[must_use]
-pub fn overlong_value(tokens: u64, tokens_max: u32, cache_tokens: u32) -> f64 {
-    let (tokens, most, cache) = (tokens as f64, f64::from(tokens_max), f64::from(cache_tokens.max(1)));
-    ((most - cache - tokens) / cache).clamp(-1.0, 0.0)
 }
 
 /// `-(1 - different / all)` of the n-grams of a list; 0 when it is too short to have one.

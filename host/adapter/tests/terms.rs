@@ -5,11 +5,12 @@
 mod spans;
 
 use fulgurite_adapter::RewardTerms;
-use fulgurite_adapter::terms::{length_value, overlong_value, repetition_value};
+use fulgurite_adapter::terms::{length_value, repetition_value};
 use fulgurite_core::record::RolloutMode;
 use fulgurite_core::reward::{Reward, RewardSource};
 use fulgurite_core::reward_term::{RewardTerm, RewardTermKind, TermScope};
 use fulgurite_core::tool::ToolError;
+use fulgurite_credit::shaping::overlong;
 use proptest::prelude::*;
 use spans::{Answer, Attempt};
 
@@ -41,9 +42,9 @@ fn near(found: f64, expected: f64) {
 #[test]
 fn golden_35_overlong() {
     for (tokens, expected) in [(50, 0.0), (90, -0.5), (110, -1.0), (80, 0.0), (100, -1.0), (0, 0.0)] {
-        near(overlong_value(tokens, 100, 20), expected);
-        let overlong = RewardTerm { tokens_max: Some(100), cache_tokens: Some(20), ..term(RewardTermKind::Overlong) };
-        let found = judged(overlong, &Attempt::default().call(drawn(usize::try_from(tokens).unwrap())));
+        near(overlong(tokens, 100, 20), expected);
+        let term = RewardTerm { tokens_max: Some(100), cache_tokens: Some(20), ..term(RewardTermKind::Overlong) };
+        let found = judged(term, &Attempt::default().call(drawn(usize::try_from(tokens).unwrap())));
         assert_eq!(found.len(), 1);
         near(found[0].1, expected);
     }
@@ -245,10 +246,10 @@ proptest! {
         let repetition = repetition_value(&tokens, size);
         prop_assert!((-1.0..=0.0).contains(&repetition) && repetition > -1.0);
         let longer = tokens.len() as u64 + 1;
-        for value in [length_value(longer, most), overlong_value(longer, most, most.div_ceil(2))] {
+        for value in [length_value(longer, most), overlong(longer, most.into(), most.div_ceil(2).into())] {
             prop_assert!((-1.0..=0.0).contains(&value));
         }
         prop_assert!(length_value(longer, most) <= length_value(longer - 1, most));
-        prop_assert!(overlong_value(longer, most, 1) <= overlong_value(longer - 1, most, 1));
+        prop_assert!(overlong(longer, most.into(), 1) <= overlong(longer - 1, most.into(), 1));
     }
 }
