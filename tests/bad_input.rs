@@ -39,6 +39,12 @@ fn config_mistakes_name_the_place_and_the_fix() {
             2,
             vec!["lora.rank", "1 to 1024"],
         ),
+        (
+            "dataset = \"demonstrations\"",
+            "dataset = \"demonstrations\"\nsampled_tokens_max = 0",
+            2,
+            vec!["stage.sft.sampled_tokens_max", "at least 1"],
+        ),
     ];
     for (old, new, code, expected) in cases {
         let bench = Bench::new();

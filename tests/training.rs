@@ -119,6 +119,35 @@ fn ctrl_c_stops_cleanly_and_the_run_can_go_on() {
     assert!(after.starts_with(&kept) || kept.starts_with(&after), "the resumed run went another way");
 }
 
+/// The bound is looked at between steps, and what was drawn is a part of the checkpoint.
+#[test]
+fn a_stage_ends_with_the_step_that_draws_the_last_of_its_tokens_also_when_it_is_resumed() {
+    let bench = Bench::new();
+    let steps = |run: &str| -> Vec<f64> {
+        let rows = bench.read(&format!("{run}/metrics.jsonl"));
+        let rows = rows.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        let rows = rows.filter(|row| row["stage"] == "grpo");
+        rows.map(|row| row["scalars"]["sampled_tokens_total"].as_f64().unwrap()).collect()
+    };
+    bench.succeed(&["train", "run.toml", "--run", "unbounded"]);
+    let drawn = steps("unbounded");
+    assert_eq!(drawn.len(), 5);
+    assert!(drawn[0] > 0.0 && drawn.is_sorted(), "{drawn:?}");
+
+    // One more than three steps draw.
+    let most = format!("dataset = \"rooms\"\nsampled_tokens_max = {}\n[stage.config]\nsteps = 5", drawn[2] + 1.0);
+    bench.replace("dataset = \"rooms\"\n[stage.config]\nsteps = 5", &most);
+    let whole = bench.succeed(&["train", "run.toml", "--run", "bounded", "--output", "json"]).json();
+    assert_eq!(steps("bounded"), drawn[..4]);
+    let report = &whole["stages"][1];
+    assert_eq!((report["steps"].as_f64(), report["sampled_tokens"].as_f64()), (Some(4.0), Some(drawn[3])));
+
+    bench.train_until("killed", 7);
+    let resumed = bench.succeed(&["train", "run.toml", "--run", "killed", "--resume", "--output", "json"]).json();
+    assert_eq!(steps("killed"), drawn[..4]);
+    assert_eq!(weights(&whole), weights(&resumed));
+}
+
 fn weights(result: &serde_json::Value) -> String {
     let weights = result["stages"][1]["weights"].as_str().unwrap_or_default().to_owned();
     assert_eq!(weights.len(), 64);

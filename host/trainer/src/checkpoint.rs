@@ -52,6 +52,9 @@ pub struct Totals {
     pub failed: u64,
     /// Tokens that went through a training step.
     pub tokens: u64,
+    /// Tokens that its rollouts have drawn: those of a fork's ancestor are not the fork's.
+    #[serde(default)]
+    pub sampled_tokens: u64,
     /// Wall-clock seconds, over all processes that worked on it.
     pub seconds: f64,
 }

@@ -271,6 +271,10 @@ pub struct StageConfig {
     /// Name of the stage whose number of trained tokens it may use: it ends with the step that reaches it.
     #[serde(default)]
     pub tokens_of: Option<String>,
+    /// Tokens that its rollouts may draw: it ends with the step that reaches it, whatever its algorithm had planned. None: no
+    /// bound.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sampled_tokens_max: Option<u64>,
     /// Its own config, merged over its defaults.
     #[serde(default)]
     pub config: toml::Table,
@@ -384,6 +388,10 @@ impl RunConfig {
                 if let Some(name) = name.as_ref().filter(|name| !known(name)) {
                     return fail(&format!("{kind}.{}.{key}", stage.name), format!("there is no stage `{name}`"));
                 }
+            }
+            if stage.sampled_tokens_max == Some(0) {
+                let field = format!("{kind}.{}.sampled_tokens_max", stage.name);
+                return fail(&field, "must be at least 1; leave it out for no bound".to_owned());
             }
             if kind == "control" && stage.start_from.is_none() {
                 let problem = "missing; name the stage whose weights the control starts from, or `initial`";

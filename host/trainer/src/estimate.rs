@@ -21,7 +21,7 @@ use tokio::sync::watch;
 use crate::config::{RunConfig, StageConfig};
 use crate::error::TrainError;
 use crate::progress::{ProgressEvent, ProgressSink};
-use crate::report::RunResult;
+use crate::report::{RunResult, StageReport};
 use crate::train::{TrainOptions, train};
 
 /// Fewest steps of a stage that are rehearsed. The first is slower than the others (buffers are made) and not counted; one of
@@ -131,6 +131,7 @@ impl Length {
             let steps = self.steps.get(&stage.name).copied().unwrap_or(STEPS);
             stage.config.insert(STEPS_KEY.to_owned(), toml::Value::Integer(i64::try_from(steps).unwrap_or(i64::MAX)));
             stage.tokens_of = None;
+            stage.sampled_tokens_max = None;
         }
         let evaluation = &mut config.evaluation;
         evaluation.sampled_rollouts = evaluation.sampled_rollouts.min(self.rollouts);
@@ -166,11 +167,31 @@ async fn rehearse(
 }
 
 impl Rehearsed {
-    /// Tokens that a step of a stage is trained on.
-    fn tokens_per_step(&self, name: &str) -> Option<f64> {
-        let all = || self.result.stages.iter().chain(&self.result.controls);
-        let report = all().find(|report| report.name == name)?;
-        Some(report.tokens as f64 / report.steps.max(1) as f64)
+    /// Tokens, of those that a report counts, of a stage's step.
+    fn tokens_per_step(&self, name: &str, tokens: impl Fn(&StageReport) -> u64) -> Option<f64> {
+        let mut all = self.result.stages.iter().chain(&self.result.controls);
+        let report = all.find(|report| report.name == name)?;
+        Some(tokens(report) as f64 / report.steps.max(1) as f64)
+    }
+
+    /// Steps of a stage's own plan, as far as the tokens reach that its rollouts may draw.
+    fn planned_steps(&self, stage: &StageConfig) -> Option<f64> {
+        let own = steps_of(stage).map(|steps| steps as f64);
+        let reached = stage.sampled_tokens_max.and_then(|most| {
+            let of_step = self.tokens_per_step(&stage.name, |report| report.sampled_tokens)?;
+            Some((most as f64 / of_step.max(1.0)).ceil())
+        });
+        own.into_iter().chain(reached).reduce(f64::min)
+    }
+
+    /// The same, as far as the tokens reach of the stage that it is compared with.
+    fn steps(&self, config: &RunConfig, stage: &StageConfig) -> f64 {
+        let trained = |name: &str| self.tokens_per_step(name, |report| report.tokens);
+        let allowed = stage.tokens_of.as_ref().and_then(|of| {
+            let of = config.stage.iter().find(|stage| stage.name == *of)?;
+            Some(self.planned_steps(of)? * trained(&of.name)? / trained(&stage.name)?.max(1.0))
+        });
+        self.planned_steps(stage).into_iter().chain(allowed).fold(f64::INFINITY, f64::min)
     }
 
     /// What the whole run will take.
@@ -179,14 +200,7 @@ impl Rehearsed {
         let mut seconds = (self.seconds - self.measured.counted_seconds).max(0.0);
         for stage in config.stage.iter().chain(&config.control) {
             let Some(step_seconds) = self.measured.step_seconds(&stage.name) else { continue };
-            let own = steps_of(stage);
-            let allowed = stage.tokens_of.as_ref().and_then(|of| {
-                let of = config.stage.iter().find(|stage| stage.name == *of)?;
-                let tokens = steps_of(of)? as f64 * self.tokens_per_step(&of.name)?;
-                Some(tokens / self.tokens_per_step(&stage.name)?.max(1.0))
-            });
-            let steps = own.map_or(f64::INFINITY, |steps| steps as f64).min(allowed.unwrap_or(f64::INFINITY));
-            seconds += steps * step_seconds;
+            seconds += self.steps(config, stage) * step_seconds;
         }
         let evaluation = &config.evaluation;
         let kinds = [("sampled", evaluation.sampled_rollouts), ("greedy", evaluation.greedy_rollouts)];
@@ -406,7 +420,8 @@ mod tests {
                 now += rollouts as f64 * rollout_seconds;
                 clock.event_at(ProgressEvent::EvaluationEnded { label: name.clone(), kind, mean: 0.0 }, at(now));
             }
-            reports.push(crate::report::StageReport { name, steps, tokens: tokens * steps, ..Default::default() });
+            let (tokens, sampled_tokens) = (tokens * steps, 2 * tokens * steps);
+            reports.push(StageReport { name, steps, tokens, sampled_tokens, ..Default::default() });
         }
         let controls = reports.split_off(2);
         let result = RunResult { stages: reports, controls, ..Default::default() };
@@ -421,6 +436,12 @@ mod tests {
         // A second outside of steps; the control may use 200 x 40 tokens; three evaluations.
         let want = 1.0 + 600.0 * 0.05 + 200.0 * 0.2 + 800.0 * 0.05 + 3.0 * (400.0 + 200.0) * 0.01;
         let seconds = run.run_seconds(&config);
+        assert!((seconds - want).abs() < 1e-6, "{seconds} {want}");
+        // A step of the second stage draws 80 tokens: it ends with its 126th, and the control, with 40 for 10, with its 504th.
+        let mut bounded = config;
+        bounded.stage[1].sampled_tokens_max = Some(10_001);
+        let seconds = run.run_seconds(&bounded);
+        let want = want - (200.0 - 126.0) * 0.2 - (800.0 - 504.0) * 0.05;
         assert!((seconds - want).abs() < 1e-6, "{seconds} {want}");
     }
 

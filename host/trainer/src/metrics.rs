@@ -2,8 +2,8 @@
 //!
 //! `metrics.jsonl` holds nothing that depends on the machine's speed, so one config and seed give the same bytes.
 //!
-//! A plugin names its metrics as it likes. The host adds `tokens_total` and `rollouts_total` (trained tokens and rollouts of
-//! the stage so far), and of every step:
+//! A plugin names its metrics as it likes. The host adds `tokens_total`, `sampled_tokens_total` and `rollouts_total` (trained
+//! tokens, tokens that rollouts drew, and rollouts of the stage so far), and of every step:
 //!
 //! | name | of | what |
 //! |---|---|---|

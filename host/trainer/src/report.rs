@@ -28,6 +28,9 @@ pub struct StageReport {
     pub rollouts: u64,
     /// Tokens that went through a training step.
     pub tokens: u64,
+    /// Tokens that its training rollouts have drawn.
+    #[serde(default)]
+    pub sampled_tokens: u64,
     /// Training rollouts that failed for reasons that are not the policy's.
     pub failed: u64,
     /// Content hash of the weights at its end; `None` where nothing is trained.

@@ -267,10 +267,11 @@ impl Training {
         });
         self.state.totals.seconds += started.elapsed().as_secs_f64();
         let (mut steps_seconds, mut plugin_seconds) = (0.0, 0.0);
-        loop {
-            if budget.is_some_and(|tokens| self.state.totals.tokens >= tokens) {
-                break;
-            }
+        let is_spent = |totals: &Totals| {
+            budget.is_some_and(|tokens| totals.tokens >= tokens)
+                || stage.sampled_tokens_max.is_some_and(|most| totals.sampled_tokens >= most)
+        };
+        while !is_spent(&self.state.totals) {
             let (started, used_before_us) = (Instant::now(), instance.guest_cpu_us());
             let result = instance.step().await;
             if *self.stop.borrow() {
@@ -293,6 +294,7 @@ impl Training {
                 self.state.totals = Totals { seconds, ..state.totals };
             }
             scalars.insert("tokens_total".to_owned(), self.state.totals.tokens as f64);
+            scalars.insert("sampled_tokens_total".to_owned(), self.state.totals.sampled_tokens as f64);
             scalars.insert("rollouts_total".to_owned(), self.state.totals.rollouts as f64);
             let raised = alarms.check(&mut self.state.alarms, step, &scalars);
             notes.extend(raised.iter().map(|alarm| format!("alarm: {}", alarm.text)));
@@ -423,6 +425,7 @@ fn report(
         seconds: totals.seconds,
         rollouts: totals.rollouts,
         tokens: totals.tokens,
+        sampled_tokens: totals.sampled_tokens,
         failed: totals.failed,
         weights,
         alarms: vec![],

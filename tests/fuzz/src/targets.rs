@@ -252,6 +252,7 @@ pub(crate) const CONFIG_WORDS: &[&[u8]] = &[
     b"grants = [\"read-reference\"]\n",
     b"start_from = \"initial\"\n",
     b"tokens_of = ",
+    b"sampled_tokens_max = ",
     b"every_steps = ",
     b"keep = ",
     b"shuffle_rewards = true\n",

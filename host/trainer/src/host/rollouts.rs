@@ -152,8 +152,11 @@ impl StageHost {
         let mut views = vec![];
         for ((place, result), rewards) in ended.into_iter().zip(rewards) {
             let graded = result.is_graded();
+            let mut transitions = Trajectory::new(&result.spans, &rewards, &result.spec.sampling).transitions;
+            let response_tokens = transitions.iter().map(Transition::sampled_tokens).sum();
             if open.counts(place) {
                 state.totals.rollouts += 1;
+                state.totals.sampled_tokens += response_tokens as u64;
                 if !graded {
                     state.totals.failed += 1;
                     let counted = open.faults.entry(result.outcome.kind).or_default();
@@ -161,8 +164,6 @@ impl StageHost {
                 }
             }
             let is_trained = result.spec.mode == RolloutMode::Train;
-            let mut transitions = Trajectory::new(&result.spans, &rewards, &result.spec.sampling).transitions;
-            let response_tokens = transitions.iter().map(Transition::sampled_tokens).sum();
             let too_long = is_trained && graded && self.is_too_long(&mut transitions)?;
             let given = match (graded, too_long) {
                 _ if !is_trained => GivenAs::Estimate,
