@@ -1,6 +1,9 @@
 //! `cargo xtask learn`: does it learn, with every seed, and does it learn nothing where there is nothing to learn?
 
 mod algorithms;
+mod comparison;
+mod controls;
+mod curves;
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -24,6 +27,13 @@ pub(crate) struct LearnArguments {
     /// (with 2 cores about 25 min for each seed). What was stopped goes on.
     #[arg(long)]
     algorithms: bool,
+    /// The comparison of GRPO, RLOO, PPO and Tree-GRPO instead: on word problems, from the same start, at equal sampled tokens
+    /// (with 2 cores about 15 min for each seed). What was stopped goes on.
+    #[arg(long, conflicts_with = "algorithms")]
+    comparison: bool,
+    /// Tokens that the rollouts of each plugin of the comparison draw.
+    #[arg(long, default_value_t = comparison::SAMPLED_TOKENS_MAX, value_parser = clap::value_parser!(u64).range(1..))]
+    sampled_tokens_max: u64,
 }
 
 /// Steps of GRPO on shuffled rewards.
@@ -49,15 +59,20 @@ impl Promises {
 
 /// Trains with all seeds and all controls, prints the table and returns whether all promises hold.
 pub(crate) fn run(arguments: &LearnArguments) -> anyhow::Result<bool> {
-    let example = Example::build(ExampleName::Rooms)?;
+    let example = Example::build(if arguments.comparison { ExampleName::Calc } else { ExampleName::Rooms })?;
     let folder = example.scratch("learn");
     let mut promises = Promises { table: String::new(), broken: vec![] };
-    if arguments.algorithms {
+    let file = if arguments.algorithms {
         algorithms::run(&example, &arguments.seeds, &folder, &mut promises)?;
+        "algorithms.md"
+    } else if arguments.comparison {
+        comparison::run(&example, &arguments.seeds, arguments.sampled_tokens_max, &folder, &mut promises)?;
+        "comparison.md"
     } else {
         whole_example(&example, arguments, &folder, &mut promises)?;
-    }
-    let file = folder.join(if arguments.algorithms { "algorithms.md" } else { "table.md" });
+        "table.md"
+    };
+    let file = folder.join(file);
     std::fs::write(&file, &promises.table).with_context(|| format!("cannot write `{}`", file.display()))?;
     println!("\n{}\nthe table is in {}", promises.table, file.display());
     for broken in &promises.broken {

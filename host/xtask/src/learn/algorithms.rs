@@ -6,12 +6,9 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use anyhow::Context;
-use serde_json::Value;
-
+use super::controls::{self, Control, Trained};
 use super::{Promises, number};
 use crate::example::Example;
-use crate::process;
 
 /// Updates of every variant: batches of 128 rollouts.
 const STEPS: i64 = 50;
@@ -28,16 +25,13 @@ const SHUFFLED_GAIN_MAX: f64 = 0.05;
 
 /// A variant that the table has a row of.
 struct Variant {
-    name: &'static str,
-    plugin: &'static str,
-    /// Its config beside what all have, as TOML.
-    config: &'static str,
+    control: Control,
     /// Whether its loss has a clip, whose share of tokens must not be 0.
     clips: bool,
 }
 
 const fn variant(name: &'static str, plugin: &'static str, config: &'static str, clips: bool) -> Variant {
-    Variant { name, plugin, config, clips }
+    Variant { control: Control { name, plugin, config }, clips }
 }
 
 const VARIANTS: [Variant; 14] = [
@@ -73,74 +67,33 @@ pub(super) fn run(example: &Example, seeds: &[u64], folder: &Path, promises: &mu
     Ok(())
 }
 
-/// A run and what it has recorded.
-struct Trained {
-    result: Value,
-    /// Lines of `metrics.jsonl`.
-    metrics: Vec<Value>,
-}
-
-impl Trained {
-    fn gain(&self, variant: &Variant) -> Option<f64> {
-        Some(number(&self.result, variant.name, "held_out_sampled")? - number(&self.result, "sft", "held_out_sampled")?)
-    }
-
-    fn largest(&self, variant: &Variant, scalar: &str) -> Option<f64> {
-        let steps = self.metrics.iter().filter(|line| line.get("stage").and_then(Value::as_str) == Some(variant.name));
-        steps.filter_map(|line| line.get("scalars")?.get(scalar)?.as_f64()).reduce(f64::max)
-    }
+fn gain(trained: &Trained, variant: &Variant) -> Option<f64> {
+    let held_out = |row: &str| number(&trained.result, row, "held_out_sampled");
+    Some(held_out(variant.control.name)? - held_out("sft")?)
 }
 
 fn trained(example: &Example, seed: u64, is_shuffled: bool, folder: &Path) -> anyhow::Result<Trained> {
     let name = format!("algorithms-seed{seed}{}", if is_shuffled { "-shuffled" } else { "" });
-    println!("==> {name}");
-    let (config, run) = (folder.join(format!("{name}.toml")), folder.join(&name));
-    example.variant(&config, |config| change(config, is_shuffled))?;
-    let mut train = example.train(&config, seed, &run);
-    if run.exists() {
-        train.arg("--resume");
-    }
-    let text = process::data(train.args(["--no-estimate", "--output", "json"]))?;
-    let file = run.join("metrics.jsonl");
-    let metrics = std::fs::read_to_string(&file).with_context(|| format!("cannot read `{}`", file.display()))?;
-    Ok(Trained {
-        result: serde_json::from_str(&text).context("the result is not JSON")?,
-        metrics: metrics.lines().map(serde_json::from_str).collect::<Result<_, _>>().context("metrics.jsonl")?,
-    })
+    Trained::run(example, seed, folder, &name, |config| change(config, is_shuffled))
 }
 
 /// The example's config with SFT alone and a control for each variant.
 fn change(config: &mut toml::Table, is_shuffled: bool) {
-    config.remove("baseline");
-    let learned = |stage: &toml::Value| stage.get("name").and_then(toml::Value::as_str) == Some("grpo");
-    let stages = config.get_mut("stage").and_then(toml::Value::as_array_mut);
-    let Some(grpo) = stages.and_then(|stages| Some(stages.remove(stages.iter().position(learned)?))) else { return };
-    let component = grpo.get("algorithm").and_then(toml::Value::as_str).map(Path::new);
-    let components = component.and_then(Path::parent).unwrap_or(Path::new("")).to_owned();
-    let controls = VARIANTS.iter().map(|variant| {
-        let mut settings: toml::Table = variant.config.parse().unwrap_or_default();
-        settings.insert("steps".to_owned(), STEPS.into());
-        settings.insert("groups_per_step".to_owned(), GROUPS_PER_STEP.into());
-        settings.insert("learning_rate".to_owned(), LEARNING_RATE.into());
-        // Without a ratio there is nothing that a second step on the same rollouts could correct.
-        if variant.name != "reinforce" {
-            settings.insert("mini_batches".to_owned(), MINI_BATCHES.into());
-        }
-        let mut control = toml::Table::new();
-        control.insert("name".to_owned(), variant.name.into());
-        let file = components.join(format!("{}.wasm", variant.plugin));
-        control.insert("algorithm".to_owned(), file.display().to_string().into());
-        control.insert("dataset".to_owned(), "rooms".into());
-        control.insert("start_from".to_owned(), "sft".into());
-        control.insert("config".to_owned(), settings.into());
-        toml::Value::from(control)
-    });
-    config.insert("control".to_owned(), controls.collect::<Vec<_>>().into());
-    if let Some(local) = config.get_mut("policy").and_then(|policy| policy.get_mut("local")?.as_table_mut()) {
-        local.insert("critic".to_owned(), toml::Table::new().into());
-    }
+    controls::put(config, |stage| VARIANTS.iter().map(|variant| section(variant, stage)).collect());
     let experiment = toml::Table::from_iter([("shuffle_rewards".to_owned(), is_shuffled.into())]);
     config.insert("experiment".to_owned(), experiment.into());
+}
+
+fn section(variant: &Variant, stage: &toml::Table) -> toml::Table {
+    let mut settings = variant.control.settings();
+    settings.insert("steps".to_owned(), STEPS.into());
+    settings.insert("groups_per_step".to_owned(), GROUPS_PER_STEP.into());
+    settings.insert("learning_rate".to_owned(), LEARNING_RATE.into());
+    // Without a ratio there is nothing that a second step on the same rollouts could correct.
+    if variant.control.name != "reinforce" {
+        settings.insert("mini_batches".to_owned(), MINI_BATCHES.into());
+    }
+    variant.control.section(stage, settings)
 }
 
 fn row(
@@ -150,9 +103,10 @@ fn row(
     shuffled: &Trained,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    let (gain, of_noise) = (real.gain(variant), shuffled.gain(variant));
-    let clipped = real.largest(variant, "clip_fraction");
-    let what = |text: &str| format!("seed {seed}: {}: {text}", variant.name);
+    let name = variant.control.name;
+    let (gain, of_noise) = (gain(real, variant), gain(shuffled, variant));
+    let clipped = real.scalars(name, ["clip_fraction"]).into_iter().map(|[share]| share).reduce(f64::max);
+    let what = |text: &str| format!("seed {seed}: {name}: {text}");
     promises.check(&what("gain (at least 0.20)"), gain, |gain| gain >= GAIN_MIN);
     promises.check(&what("gain on shuffled rewards (at most 0.05)"), of_noise, |gain| gain <= SHUFFLED_GAIN_MAX);
     if variant.clips {
@@ -162,10 +116,9 @@ fn row(
     let held_out = |name: &str| shown(number(&real.result, name, "held_out_sampled"));
     writeln!(
         promises.table,
-        "| {} | {seed} | {} | {} | {} | {} | {} |",
-        variant.name,
+        "| {name} | {seed} | {} | {} | {} | {} | {} |",
         held_out("sft"),
-        held_out(variant.name),
+        held_out(name),
         shown(gain),
         shown(of_noise),
         shown(clipped),
@@ -196,10 +149,10 @@ mod tests {
 
     #[test]
     fn every_variant_has_a_config_and_a_name_of_its_own() {
-        let names: std::collections::BTreeSet<_> = VARIANTS.iter().map(|variant| variant.name).collect();
+        let names: std::collections::BTreeSet<_> = VARIANTS.iter().map(|variant| variant.control.name).collect();
         assert_eq!(names.len(), VARIANTS.len());
         for variant in &VARIANTS {
-            variant.config.parse::<toml::Table>().unwrap();
+            variant.control.config.parse::<toml::Table>().unwrap();
         }
     }
 }
