@@ -4,34 +4,44 @@ mod algorithms;
 mod comparison;
 mod controls;
 mod curves;
+mod stale;
 
 use std::fmt::Write as _;
 use std::path::Path;
 
 use anyhow::Context;
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde_json::Value;
 
 use crate::example::{self, Example, ExampleName};
 
+/// What is trained for which table. All of them are started from SFT once for each seed, and what was stopped goes on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+enum Table {
+    /// `examples/rooms` as it is, and its controls.
+    #[default]
+    Example,
+    /// Every algorithm plugin: 50 updates, on real and on shuffled rewards (with 2 cores about 25 min for each seed).
+    Algorithms,
+    /// GRPO, RLOO, PPO and Tree-GRPO on the word problems of `examples/calc`, at equal sampled tokens (15 min for each seed).
+    Comparison,
+    /// GRPO on rollouts that are 2 and 8 steps old, with and without corrections (7 min for each seed).
+    Stale,
+}
+
 /// Options of `learn`.
 #[derive(Debug, Args)]
 pub(crate) struct LearnArguments {
+    /// Which table is made.
+    #[arg(value_enum, default_value_t)]
+    table: Table,
     /// Seeds to train with.
     #[arg(long, value_delimiter = ',', default_values_t = [0, 1, 2])]
     seeds: Vec<u64>,
-    /// Leave out the controls with shuffled rewards and with learning rate 0.
+    /// Leave out the controls of `example`, with shuffled rewards and with learning rate 0.
     #[arg(long)]
     no_controls: bool,
-    /// The table of the algorithm plugins instead: each of them from the same start, 50 updates, on real and on shuffled rewards
-    /// (with 2 cores about 25 min for each seed). What was stopped goes on.
-    #[arg(long)]
-    algorithms: bool,
-    /// The comparison of GRPO, RLOO, PPO and Tree-GRPO instead: on word problems, from the same start, at equal sampled tokens
-    /// (with 2 cores about 15 min for each seed). What was stopped goes on.
-    #[arg(long, conflicts_with = "algorithms")]
-    comparison: bool,
-    /// Tokens that the rollouts of each plugin of the comparison draw.
+    /// Tokens that the rollouts of each plugin of `comparison` draw.
     #[arg(long, default_value_t = comparison::SAMPLED_TOKENS_MAX, value_parser = clap::value_parser!(u64).range(1..))]
     sampled_tokens_max: u64,
 }
@@ -59,20 +69,19 @@ impl Promises {
 
 /// Trains with all seeds and all controls, prints the table and returns whether all promises hold.
 pub(crate) fn run(arguments: &LearnArguments) -> anyhow::Result<bool> {
-    let example = Example::build(if arguments.comparison { ExampleName::Calc } else { ExampleName::Rooms })?;
+    let is_calc = arguments.table == Table::Comparison;
+    let example = Example::build(if is_calc { ExampleName::Calc } else { ExampleName::Rooms })?;
     let folder = example.scratch("learn");
     let mut promises = Promises { table: String::new(), broken: vec![] };
-    let file = if arguments.algorithms {
-        algorithms::run(&example, &arguments.seeds, &folder, &mut promises)?;
-        "algorithms.md"
-    } else if arguments.comparison {
-        comparison::run(&example, &arguments.seeds, arguments.sampled_tokens_max, &folder, &mut promises)?;
-        "comparison.md"
-    } else {
-        whole_example(&example, arguments, &folder, &mut promises)?;
-        "table.md"
-    };
-    let file = folder.join(file);
+    let (seeds, promised) = (&arguments.seeds, &mut promises);
+    match arguments.table {
+        Table::Example => whole_example(&example, arguments, &folder, promised)?,
+        Table::Algorithms => algorithms::run(&example, seeds, &folder, promised)?,
+        Table::Comparison => comparison::run(&example, seeds, arguments.sampled_tokens_max, &folder, promised)?,
+        Table::Stale => stale::run(&example, seeds, &folder, promised)?,
+    }
+    let name = arguments.table.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned());
+    let file = folder.join(format!("{name}.md"));
     std::fs::write(&file, &promises.table).with_context(|| format!("cannot write `{}`", file.display()))?;
     println!("\n{}\nthe table is in {}", promises.table, file.display());
     for broken in &promises.broken {

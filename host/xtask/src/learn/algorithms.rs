@@ -1,4 +1,4 @@
-//! `cargo xtask learn --algorithms`: every plugin from the same start, on real rewards and on shuffled ones.
+//! `cargo xtask learn algorithms`: every plugin from the same start, on real rewards and on shuffled ones.
 //!
 //! A run is one seed with one kind of rewards: SFT, and from its weights one control for each variant. A run that was stopped
 //! goes on where it was.

@@ -1,4 +1,4 @@
-//! `cargo xtask learn --comparison`: four plugins on word problems, from the same start, at equal sampled tokens.
+//! `cargo xtask learn comparison`: four plugins on word problems, from the same start, at equal sampled tokens.
 //!
 //! A run is one seed: SFT, and from its weights a control for each plugin with the settings of the example's own stage, until
 //! its rollouts have drawn so many tokens. A run that was stopped goes on where it was. Wall-clock time was the alternative:
