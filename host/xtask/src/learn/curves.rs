@@ -80,7 +80,7 @@ fn axes(picture: &mut String, tokens_max: f64) {
     }
     picture.push_str(&text(f64::midpoint(LEFT, RIGHT), HEIGHT - 10.0, "middle", "tokens sampled (thousands)"));
     let (across, down) = (18.0, f64::midpoint(TOP, BOTTOM));
-    let label = format!("mean reward of the batch (0 to 1, running mean of {WINDOW} updates)");
+    let label = format!("mean reward of {WINDOW} batches (0 to 1)");
     let turned = format!("<g transform=\"rotate(-90 {across} {down})\">{}</g>\n", text(across, down, "middle", &label));
     picture.push_str(&turned);
 }
