@@ -61,7 +61,8 @@ pub async fn fork(options: ForkOptions, progress: Arc<dyn ProgressSink>) -> Resu
         let config = tokio::task::spawn_blocking(move || config_of(&*store, &run, &spec));
         config.await.map_err(|_| fulgurite_runner::RunnerError::WorkerLost)??
     };
-    let weights = options.policy.clone().or_else(|| trained_weights(&run, &ancestor.spec.stage));
+    let weights = options.policy.clone().or_else(|| trained_weights(&run, &config, &ancestor.spec.stage));
+    let config = without_stages(config);
     let setup = Setup::new(config, run, options.cache.clone(), Some(Arc::clone(&store))).await?;
     if let (Some(path), Some(engine)) = (&weights, setup.model.engine()) {
         engine.restore(path).await?;
@@ -102,14 +103,19 @@ pub async fn fork(options: ForkOptions, progress: Arc<dyn ProgressSink>) -> Resu
 }
 
 /// Weights that the run has kept and that are nearest to those that a stage's rollouts were drawn with.
-fn trained_weights(run: &RunDirectory, stage: &str) -> Option<PathBuf> {
-    // The config was read before; where it cannot be read again there is nothing to choose from.
-    let stages = RunConfig::of_run(run).ok()?.stage;
+fn trained_weights(run: &RunDirectory, config: &RunConfig, stage: &str) -> Option<PathBuf> {
     let evaluated = stage.strip_prefix("eval-").and_then(|label| label.rsplit_once('-')).map(|(label, _)| label);
     let own = [Some(stage), evaluated].into_iter().flatten();
-    own.chain(stages.iter().rev().map(|stage| stage.name.as_str()))
+    own.chain(config.stage.iter().rev().map(|stage| stage.name.as_str()))
         .map(|name| run.policy(name))
         .find(|path| path.is_dir())
+}
+
+/// Nothing is trained, so that algorithms need not be there.
+fn without_stages(mut config: RunConfig) -> RunConfig {
+    config.stage.clear();
+    config.control.clear();
+    config
 }
 
 /// The run's config with the components that the ancestor ran, whatever has become of the files that it names. What tools are
@@ -118,8 +124,6 @@ fn config_of(store: &dyn RolloutStore, run: &RunDirectory, ancestor: &RolloutSpe
     let settings = execution(store, ancestor)?;
     let pinned = Pinned::of(ancestor, &settings)?;
     let mut config = RunConfig::of_run(run)?;
-    config.stage.clear();
-    config.control.clear();
     let gone = |section: &str| ConfigError::Invalid {
         path: run.config(),
         field: section.to_owned(),

@@ -36,7 +36,6 @@ use crate::trail::{DEMONSTRATION, StepTrail, TrailKeeper};
 
 pub(crate) use batch::CarriedBatch;
 use batch::{Carried, OpenBatch};
-use mismatch::Mismatch;
 use monitor::Monitor;
 pub(crate) use noted::dimension_of;
 
@@ -98,8 +97,6 @@ pub(crate) struct StageState {
     pub(crate) snapshots: u64,
     pub(crate) scalars: BTreeMap<String, f64>,
     pub(crate) notes: Vec<String>,
-    /// Of the step's updates by policy gradient so far.
-    mismatch: Option<Mismatch>,
     monitor: Monitor,
     trail: TrailKeeper,
     /// The weights that the step began with.
@@ -128,7 +125,6 @@ impl StageState {
             snapshots: progress.snapshots,
             scalars: BTreeMap::new(),
             notes: vec![],
-            mismatch: None,
             monitor: Monitor::default(),
             trail: TrailKeeper::new(&config.explain),
             begun_with: PolicyVersion::default(),
@@ -139,6 +135,15 @@ impl StageState {
             estimates: BTreeSet::new(),
             depends_on_arrival: false,
         }
+    }
+
+    /// What is run to choose or to estimate is never trained on.
+    fn check_trained_on(&self, id: &TransitionId) -> Result<(), AlgorithmHostError> {
+        if self.estimates.contains(id) {
+            let problem = format!("transition `{id}` is of a rollout that is never trained on");
+            return Err(AlgorithmHostError::InvalidArgument(problem));
+        }
+        Ok(())
     }
 }
 
@@ -223,9 +228,6 @@ impl StageHost {
         state.transitions.clear();
         state.estimates.clear();
         let mut scalars = std::mem::take(&mut state.scalars);
-        if let Some(mismatch) = state.mismatch.take() {
-            mismatch.write(&mut scalars);
-        }
         std::mem::take(&mut state.monitor).write(self.dimension(), &mut scalars);
         state.begun_with = self.engine.version();
         EndedStep {
@@ -264,21 +266,22 @@ impl StageHost {
     /// Makes training rows of a batch for a loss of this model.
     fn rows(&self, model: &ModelReference, batch: &[BatchEntry]) -> Result<Vec<TrainingRow>, AlgorithmHostError> {
         let state = self.state();
-        if let Some(entry) = batch.iter().find(|entry| state.estimates.contains(&entry.transition)) {
-            let problem = format!("transition `{}` is of a rollout that is never trained on", entry.transition);
-            return Err(AlgorithmHostError::InvalidArgument(problem));
-        }
+        batch.iter().try_for_each(|entry| state.check_trained_on(&entry.transition))?;
         state.transitions.rows(model, batch, self.engine.context_tokens_max())
     }
 
     /// One row per transition, whole, with unit weights: for verbs that speak of transitions, not of losses.
     fn row_of(&self, id: &TransitionId) -> Result<(TrainingRow, usize), AlgorithmHostError> {
         let state = self.state();
-        if state.estimates.contains(id) {
-            let problem = format!("transition `{id}` is of a rollout that is never trained on");
-            return Err(AlgorithmHostError::InvalidArgument(problem));
-        }
+        state.check_trained_on(id)?;
         state.transitions.row_of(id, self.engine.context_tokens_max())
+    }
+
+    /// The same for several, with the masks of their rows, which go with what is found.
+    fn rows_of(&self, ids: &[TransitionId]) -> Result<(Vec<TrainingRow>, Vec<Vec<bool>>), AlgorithmHostError> {
+        let rows = ids.iter().map(|id| Ok(self.row_of(id)?.0)).collect::<Result<Vec<_>, AlgorithmHostError>>()?;
+        let masks = rows.iter().map(|row| row.mask.clone()).collect();
+        Ok((rows, masks))
     }
 }
 
@@ -400,9 +403,7 @@ impl AlgorithmHost for StageHost {
         Box::pin(async move {
             self.check_stop()?;
             let engine = self.language_model(&model, "anchor")?;
-            let rows: Vec<_> = transitions.iter().map(|id| self.row_of(id)).collect::<Result<_, _>>()?;
-            let (rows, _): (Vec<_>, Vec<usize>) = rows.into_iter().unzip();
-            let masks: Vec<Vec<bool>> = rows.iter().map(|row| row.mask.clone()).collect();
+            let (rows, masks) = self.rows_of(&transitions)?;
             let results = engine.forward(rows, None).await.map_err(engine_error)?;
             let mut state = self.state();
             for ((id, result), mask) in transitions.iter().zip(results).zip(masks) {
@@ -430,8 +431,6 @@ impl AlgorithmHost for StageHost {
             state.totals.tokens += report.total_tokens;
             if drawn {
                 state.monitor.updated(&report);
-                let found = Mismatch::of(&report);
-                state.mismatch = Some(state.mismatch.map_or(found, |before| before.and(found)));
             }
             Ok(report)
         })
@@ -444,9 +443,7 @@ impl AlgorithmHost for StageHost {
                 ModelReference::Snapshot(name) => (Trained::Policy(self.engine.clone()), Some(name)),
                 model => (self.trained(&model)?, None),
             };
-            let rows: Vec<_> = transitions.iter().map(|id| self.row_of(id)).collect::<Result<_, _>>()?;
-            let (rows, _): (Vec<_>, Vec<usize>) = rows.into_iter().unzip();
-            let masks: Vec<Vec<bool>> = rows.iter().map(|row| row.mask.clone()).collect();
+            let (rows, masks) = self.rows_of(&transitions)?;
             let Trained::Policy(engine) = engine else {
                 let results = self.engine.values(rows).await.map_err(engine_error)?;
                 let all = transitions.into_iter().zip(results).zip(masks);

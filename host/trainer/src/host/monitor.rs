@@ -7,6 +7,8 @@ use fulgurite_core::id::PolicyVersion;
 use fulgurite_core::reward::Reward;
 use fulgurite_core::training::{ForwardBackwardReport, OptimiserReport, Stream, TrainingRow};
 
+use super::mismatch::Mismatch;
+
 /// Dimensions of which a metric is written. 32: names are a guest's word.
 const DIMENSIONS_MAX: usize = 32;
 
@@ -15,6 +17,7 @@ const DIMENSIONS_MAX: usize = 32;
 pub(super) struct Monitor {
     rollouts: Vec<Given>,
     updates: Option<Updates>,
+    mismatch: Option<Mismatch>,
     gradient_norm_max: Option<f64>,
     skipped_updates: u64,
     staleness: Option<Staleness>,
@@ -80,6 +83,8 @@ impl Monitor {
         updates.clip_fraction += report.clip_fraction * tokens;
         updates.kl += report.approximate_kl * tokens;
         updates.reference_kl += report.reference_kl * tokens;
+        let found = Mismatch::of(report);
+        self.mismatch = Some(self.mismatch.map_or(found, |before| before.and(found)));
     }
 
     /// Counts how old the weights are that drew what is trained on.
@@ -102,6 +107,9 @@ impl Monitor {
 
     /// Adds the metrics of a step. Numbers that are not finite are left out: they would be no JSON.
     pub(super) fn write(self, dimension: &str, scalars: &mut BTreeMap<String, f64>) {
+        if let Some(mismatch) = self.mismatch {
+            mismatch.write(scalars);
+        }
         let mut numbers: Vec<(String, f64)> = vec![];
         let mut add = |name: &str, value: f64| numbers.push((format!("host/{name}"), value));
         if let Some(updates) = self.updates {
