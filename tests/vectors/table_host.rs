@@ -160,6 +160,7 @@ fn build(case: &Case, variation: &Variation, state: &mut State) {
                 policy_version: PolicyVersion(0),
                 token_versions: vec![],
                 kept: KeptTokens::default(),
+                model: None,
             };
             let is_demonstration = call.log_probs.is_empty();
             assert!(!is_demonstration, "a call has at least one token");
@@ -215,6 +216,7 @@ fn view(transition: &Transition) -> TransitionView {
         call_index: transition.call_index,
         event: transition.event,
         agent_role: transition.agent_role.clone(),
+        model: ModelReference::Policy,
         prompt_tokens: u32::try_from(transition.prompt_tokens()).unwrap(),
         completion_tokens: u32::try_from(transition.sampled_tokens()).unwrap(),
         trainable: true,

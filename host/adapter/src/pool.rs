@@ -45,6 +45,30 @@ impl Pool {
         self.held.get(id).ok_or_else(unknown)
     }
 
+    /// Refuses a transition that another model drew than the one that it is to train: its log-probs are of that one.
+    /// Demonstrations are anybody's.
+    ///
+    /// # Errors
+    /// When there is no such transition, or it is another model's.
+    pub fn check_model(&self, model: &ModelReference, id: &TransitionId) -> Result<(), AlgorithmHostError> {
+        let transition = &self.get(id)?.transition;
+        let drew = transition.model();
+        if transition.is_demonstration() || drew == *model {
+            return Ok(());
+        }
+        let shown = |model: &ModelReference| match model {
+            ModelReference::Policy => "the policy".to_owned(),
+            ModelReference::Snapshot(name) => format!("snapshot `{name}`"),
+            ModelReference::Named(name) => format!("model `{name}`"),
+        };
+        let (role, own, other) = (&transition.agent_role, shown(&drew), shown(model));
+        let problem = format!(
+            "transition `{id}` was drawn by {own} for the agent role `{role}` and cannot train {other}; split the batch by the \
+             transitions' `model`, or leave the role out"
+        );
+        Err(AlgorithmHostError::InvalidArgument(problem))
+    }
+
     /// Keeps the log-probs (nats) of a transition's sampled tokens under a model as its π_old, in place of earlier ones.
     ///
     /// # Errors
@@ -113,5 +137,53 @@ impl Pool {
         let row = rows.pop().ok_or_else(|| AlgorithmHostError::Failed("a transition gave no row".to_owned()))?;
         let sampled = row.mask.iter().filter(|sampled| **sampled).count();
         Ok((row, sampled))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use fulgurite_core::id::PolicyVersion;
+    use fulgurite_core::llm::{KeptTokens, TokenData};
+
+    use super::*;
+
+    fn drawn(id: &str, model: Option<&str>) -> Transition {
+        let given = Transition::demonstration(
+            TransitionId(id.to_owned()),
+            vec![1, 2],
+            vec![false, true],
+            String::new(),
+            String::new(),
+        );
+        let tokens = TokenData {
+            prompt_ids: vec![1],
+            completion_ids: vec![2],
+            log_probs: vec![-0.5],
+            processed_log_probs: vec![],
+            policy_version: PolicyVersion(0),
+            token_versions: vec![],
+            kept: KeptTokens::default(),
+            model: model.map(Arc::from),
+        };
+        Transition { tokens: Some(tokens), origin: None, agent_role: "writer".to_owned(), ..given }
+    }
+
+    #[test]
+    fn a_transition_trains_the_model_that_drew_it_and_a_demonstration_any() {
+        let mut pool = Pool::default();
+        let given = Transition { origin: Some("{}".to_owned()), ..drawn("given", None) };
+        for transition in [drawn("own", None), drawn("named", Some("writing")), given] {
+            pool.insert(Arc::new(transition), "sequence".to_owned());
+        }
+        let (policy, writing) = (ModelReference::Policy, ModelReference::Named("writing".to_owned()));
+        let check = |model: &ModelReference, id: &str| pool.check_model(model, &TransitionId(id.to_owned()));
+        for (model, id) in [(&policy, "own"), (&writing, "named"), (&policy, "given"), (&writing, "given")] {
+            assert_eq!(check(model, id), Ok(()), "{id}");
+        }
+        let text = check(&policy, "named").unwrap_err().to_string();
+        assert!(text.contains("`named` was drawn by model `writing` for the agent role `writer`"), "{text}");
+        assert!(text.contains("cannot train the policy"), "{text}");
+        assert!(check(&writing, "own").unwrap_err().to_string().contains("drawn by the policy"));
+        assert!(check(&writing, "nobody").unwrap_err().to_string().contains("nobody"));
     }
 }

@@ -1,5 +1,6 @@
 //! Spans to transitions: one per LLM call that was answered.
 
+use fulgurite_core::algorithm::ModelReference;
 use fulgurite_core::id::{ContentHash, PolicyVersion, ResponseId, TransitionId};
 use fulgurite_core::llm::{Completion, KeptTokens, NotTrainable, Sampling, TokenData};
 use fulgurite_core::reward::Reward;
@@ -62,6 +63,7 @@ impl Transition {
             policy_version: PolicyVersion::default(),
             token_versions: vec![],
             kept: KeptTokens::default(),
+            model: None,
         };
         Self {
             id,
@@ -133,6 +135,13 @@ impl Transition {
     #[must_use]
     pub fn observation_hash(&self) -> u64 {
         self.tokens.as_ref().and_then(|tokens| tokens.prompt_ids.get(self.observed_from..)).map_or(0, hash)
+    }
+
+    /// The model that drew it, as verbs name it; the policy for what was given and for what has no tokens.
+    #[must_use]
+    pub fn model(&self) -> ModelReference {
+        let name = self.tokens.as_ref().and_then(|tokens| tokens.model.as_ref());
+        name.map_or(ModelReference::Policy, |name| ModelReference::Named(name.to_string()))
     }
 
     /// The weights that drew it.

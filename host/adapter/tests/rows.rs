@@ -66,6 +66,7 @@ fn completion(call_index: u64, prompt: &[u32], drawn: &[u32]) -> Completion {
             policy_version: PolicyVersion(3),
             token_versions: vec![],
             kept: KeptTokens::default(),
+            model: None,
         }),
         not_trainable: None,
     }

@@ -125,7 +125,8 @@ fn group_line(explanation: &Explanation) -> String {
 }
 
 fn call_lines(call: &ExplainedCall, colours: bool) -> Vec<String> {
-    let role = if call.agent_role.is_empty() { String::new() } else { format!(" ({})", printable(&call.agent_role)) };
+    let by = if call.model == "policy" { String::new() } else { format!(" by {}", printable(&call.model)) };
+    let role = if call.agent_role.is_empty() { by } else { format!(" ({}{by})", printable(&call.agent_role)) };
     let cut =
         if call.cut_tokens == 0 { String::new() } else { format!(", {} more beyond the longest row", call.cut_tokens) };
     let head = format!(

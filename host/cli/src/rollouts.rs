@@ -229,9 +229,12 @@ fn tree_lines(span: &Span, messages: &mut Vec<Message>, colours: bool) -> Vec<St
 }
 
 fn llm_lines(call: &LlmCall, messages: &mut Vec<Message>, colours: bool) -> Vec<String> {
+    let tokens = call.result.as_ref().ok().and_then(|completion| completion.tokens.as_ref());
+    let model =
+        tokens.and_then(|tokens| tokens.model.as_ref()).map_or_else(String::new, |model| format!(" by {model}"));
     let mut lines = vec![paint(
         &printable(&format!(
-            "llm call {} ({}, temperature {})",
+            "llm call {} ({}{model}, temperature {})",
             call.call_index, call.agent_role, call.sampling.temperature
         )),
         Style::Bold,

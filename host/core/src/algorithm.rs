@@ -107,6 +107,8 @@ pub struct TransitionView {
     pub event: u64,
     /// Which agent asked.
     pub agent_role: String,
+    /// The model that drew it, as verbs name it; the policy for demonstrations.
+    pub model: ModelReference,
     /// Tokens of the prompt.
     pub prompt_tokens: u32,
     /// Tokens that the policy drew (or that are trained on, for demonstrations).
@@ -273,7 +275,7 @@ pub trait AlgorithmHost: Send + Sync {
     /// Freezes a copy of a model and returns its name.
     fn snapshot(&self, model: ModelReference) -> Verb<'_, String>;
 
-    /// Freezes a copy of the policy as the reference of the KL term, in place of an earlier one.
+    /// Freezes a copy of every model as the reference of its KL term, in place of an earlier one.
     fn freeze_reference(&self) -> Verb<'_, ()>;
 
     /// Draws completions without an agent around them.

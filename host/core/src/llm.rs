@@ -153,6 +153,9 @@ pub struct TokenData {
     /// ([`NotTrainable::TruncatedSampling`]).
     #[serde(default, skip_serializing_if = "KeptTokens::is_empty")]
     pub kept: KeptTokens,
+    /// Which of the config's models drew them, by its name; `None` is the policy. Each model counts versions of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<Arc<str>>,
 }
 
 impl TokenData {
@@ -168,6 +171,7 @@ impl TokenData {
 /// [`sampling`](crate::sampling): the first two are the bytes of an `Option<TokenData>` as it was first.
 mod token_format {
     use std::borrow::Cow;
+    use std::sync::Arc;
 
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -182,6 +186,8 @@ mod token_format {
         Swapped(Positional<'a>, Cow<'a, [PolicyVersion]>),
         /// Since schema 4 of the store.
         Kept(Positional<'a>, Cow<'a, [PolicyVersion]>, Cow<'a, KeptTokens>),
+        /// Since schema 5 of the store.
+        Named(Positional<'a>, Cow<'a, [PolicyVersion]>, Cow<'a, KeptTokens>, Arc<str>),
     }
 
     #[derive(Serialize, Deserialize)]
@@ -194,7 +200,7 @@ mod token_format {
     }
 
     impl Positional<'_> {
-        fn into_data(self, token_versions: Vec<PolicyVersion>, kept: KeptTokens) -> TokenData {
+        fn into_data(self, token_versions: Vec<PolicyVersion>, kept: KeptTokens, model: Option<Arc<str>>) -> TokenData {
             TokenData {
                 prompt_ids: self.prompt_ids.into_owned(),
                 completion_ids: self.completion_ids.into_owned(),
@@ -203,6 +209,7 @@ mod token_format {
                 policy_version: self.policy_version,
                 token_versions,
                 kept,
+                model,
             }
         }
     }
@@ -221,7 +228,9 @@ mod token_format {
             policy_version: tokens.policy_version,
         };
         let versions = Cow::Borrowed(tokens.token_versions.as_slice());
-        let wire = if !tokens.kept.is_empty() {
+        let wire = if let Some(model) = &tokens.model {
+            Tokens::Named(positional, versions, Cow::Borrowed(&tokens.kept), model.clone())
+        } else if !tokens.kept.is_empty() {
             Tokens::Kept(positional, versions, Cow::Borrowed(&tokens.kept))
         } else if !versions.is_empty() {
             Tokens::Swapped(positional, versions)
@@ -237,9 +246,16 @@ mod token_format {
         }
         Ok(match Tokens::deserialize(deserializer)? {
             Tokens::Nothing => None,
-            Tokens::One(tokens) => Some(tokens.into_data(vec![], KeptTokens::default())),
-            Tokens::Swapped(tokens, versions) => Some(tokens.into_data(versions.into_owned(), KeptTokens::default())),
-            Tokens::Kept(tokens, versions, kept) => Some(tokens.into_data(versions.into_owned(), kept.into_owned())),
+            Tokens::One(tokens) => Some(tokens.into_data(vec![], KeptTokens::default(), None)),
+            Tokens::Swapped(tokens, versions) => {
+                Some(tokens.into_data(versions.into_owned(), KeptTokens::default(), None))
+            }
+            Tokens::Kept(tokens, versions, kept) => {
+                Some(tokens.into_data(versions.into_owned(), kept.into_owned(), None))
+            }
+            Tokens::Named(tokens, versions, kept, model) => {
+                Some(tokens.into_data(versions.into_owned(), kept.into_owned(), Some(model)))
+            }
         })
     }
 }

@@ -18,6 +18,7 @@ use crate::optimiser::AdamW;
 use crate::parameters::{self, ParameterSpec, Parameters, Values};
 use crate::peft;
 use crate::shape::{Architecture, ModelShape, RopeScaling};
+use crate::tokenizer::PolicyTokenizer;
 use crate::weights;
 
 /// Layout of `state.json`; raised when it changes.
@@ -37,6 +38,8 @@ const STATE: &str = "state.json";
 const CRITIC: &str = "critic";
 /// Folder of the adapters beside the default one.
 pub(crate) const ADAPTERS: &str = "adapters";
+/// Folder of the whole models beside the policy.
+pub(crate) const MODELS: &str = "models";
 
 /// One trained model.
 #[derive(Debug, Clone)]
@@ -61,13 +64,11 @@ impl Part {
 #[derive(Debug)]
 pub(crate) struct Checkpoint {
     pub(crate) policy: Part,
-    /// Further adapters by name.
-    pub(crate) adapters: BTreeMap<String, Part>,
+    /// Further adapters, or further whole models, by name.
+    pub(crate) named: BTreeMap<String, Part>,
     pub(crate) critic: Option<Part>,
-    /// Of the policy, or of adapters.
+    /// Of the policy, or of those beside it.
     pub(crate) snapshots: BTreeMap<String, Arc<Parameters>>,
-    /// Newest version of any model.
-    pub(crate) version: PolicyVersion,
 }
 
 /// Borrowed form of [`Part`] for writing.
@@ -82,10 +83,9 @@ pub(crate) struct PartView<'a> {
 /// Borrowed form of [`Checkpoint`] for writing.
 pub(crate) struct CheckpointView<'a> {
     pub(crate) policy: PartView<'a>,
-    pub(crate) adapters: Vec<(&'a str, PartView<'a>)>,
+    pub(crate) named: Vec<(&'a str, PartView<'a>)>,
     pub(crate) critic: Option<PartView<'a>>,
     pub(crate) snapshots: Vec<(&'a str, &'a Parameters)>,
-    pub(crate) version: PolicyVersion,
 }
 
 /// What adapters stand on.
@@ -110,6 +110,9 @@ struct StateFile {
     lora: Option<LoraState>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     critic: Option<PartState>,
+    /// Whole models beside the policy.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    models: BTreeMap<String, PartState>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -362,32 +365,45 @@ pub(crate) fn save_model(dir: &Path, model: &Parameters, end_tokens: &[u32]) -> 
     write_json(&dir.join(CONFIG), &ConfigFile::new(&model.shape, end_tokens, "float32")?)
 }
 
-/// Writes a checkpoint into `dir`, which is made when it does not exist: a plain model, or adapters on a ground that is not
-/// written.
+/// Writes a checkpoint into `dir`, which is made when it does not exist: plain models, or adapters on a ground that is not
+/// written. A further whole model is a folder that can be opened by itself.
 pub(crate) fn save(
     dir: &Path,
     checkpoint: &CheckpointView<'_>,
     ground: Option<Ground<'_>>,
-    end_tokens: &[u32],
+    tokenizer: &PolicyTokenizer,
 ) -> Result<(), PolicyError> {
     let policy = checkpoint.policy;
+    let states = checkpoint.named.iter().map(|(name, part)| ((*name).to_owned(), PartState::of(*part))).collect();
     let Some(ground) = ground else {
-        save_model(dir, policy.parameters, end_tokens)?;
-        return save_rest(dir, checkpoint, None);
+        save_model(dir, policy.parameters, tokenizer.ends())?;
+        for (name, part) in &checkpoint.named {
+            let dir = dir.join(MODELS).join(name);
+            save_model(&dir, part.parameters, tokenizer.ends())?;
+            tokenizer.save(&dir)?;
+            save_training(&dir, *part)?;
+            synchronise(&dir)?;
+        }
+        return save_rest(dir, checkpoint, None, states);
     };
     peft::save(dir, ground.layout, policy.parameters)?;
-    for (name, part) in &checkpoint.adapters {
+    for (name, part) in &checkpoint.named {
         let dir = dir.join(ADAPTERS).join(name);
         peft::save(&dir, ground.layout, part.parameters)?;
         save_training(&dir, *part)?;
         synchronise(&dir)?;
     }
-    let adapters = checkpoint.adapters.iter().map(|(name, part)| ((*name).to_owned(), PartState::of(*part))).collect();
-    save_rest(dir, checkpoint, Some(LoraState { base: ground.base, policy_version: policy.version, adapters }))
+    let lora = LoraState { base: ground.base, policy_version: policy.version, adapters: states };
+    save_rest(dir, checkpoint, Some(lora), BTreeMap::new())
 }
 
 /// Writes everything but the models' own files.
-fn save_rest(dir: &Path, checkpoint: &CheckpointView<'_>, lora: Option<LoraState>) -> Result<(), PolicyError> {
+fn save_rest(
+    dir: &Path,
+    checkpoint: &CheckpointView<'_>,
+    lora: Option<LoraState>,
+    models: BTreeMap<String, PartState>,
+) -> Result<(), PolicyError> {
     let policy = checkpoint.policy;
     save_training(dir, policy)?;
     for (index, (_, snapshot)) in checkpoint.snapshots.iter().enumerate() {
@@ -402,12 +418,13 @@ fn save_rest(dir: &Path, checkpoint: &CheckpointView<'_>, lora: Option<LoraState
     }
     let state = StateFile {
         format: FORMAT,
-        version: checkpoint.version,
+        version: policy.version,
         optimiser_steps: policy.optimiser.steps,
         gradient: policy.gradient.is_some(),
         snapshots: checkpoint.snapshots.iter().map(|(name, _)| (*name).to_owned()).collect(),
         lora,
         critic: checkpoint.critic.map(PartState::of),
+        models,
     };
     write_json(&dir.join(STATE), &state)?;
     synchronise(dir)
@@ -459,22 +476,31 @@ pub(crate) fn load(dir: &Path, ground: Option<Ground<'_>>) -> Result<Checkpoint,
     };
     let mut policy_state =
         PartState { version: state.version, optimiser_steps: state.optimiser_steps, gradient: state.gradient };
-    let mut adapters = BTreeMap::new();
+    let mut named = BTreeMap::new();
+    let of_name = |folder: &str, name: &str| match lora::name_problem(name) {
+        // The name becomes a path.
+        Some(_) => Err(broken(&path, format!("`{name}` is not a model's name"))),
+        None => Ok(dir.join(folder).join(name)),
+    };
     let parameters = if let (Some(ground), Some(lora)) = (&ground, state.lora) {
         policy_state.version = lora.policy_version;
         for (name, part) in lora.adapters {
-            // The name becomes a path.
-            if lora::name_problem(&name).is_some() {
-                return Err(broken(&path, format!("`{name}` is not an adapter's name")));
-            }
-            let dir = dir.join(ADAPTERS).join(&name);
+            let dir = of_name(ADAPTERS, &name)?;
             let adapter = peft::load(&dir, ground.layout, ground.shape)?;
-            adapters.insert(name, load_training(&dir, adapter, &part)?);
+            named.insert(name, load_training(&dir, adapter, &part)?);
         }
         peft::load(dir, ground.layout, ground.shape)?
     } else {
-        let values = read_values(&dir.join(MODEL), &specs)?;
-        Parameters { shape: shape.clone(), specs: specs.clone(), values }
+        let read = |dir: &Path| -> Result<Parameters, PolicyError> {
+            let values = read_values(&dir.join(MODEL), &specs)?;
+            Ok(Parameters { shape: shape.clone(), specs: specs.clone(), values })
+        };
+        for (name, part) in state.models {
+            let dir = of_name(MODELS, &name)?;
+            let model = read(&dir)?;
+            named.insert(name, load_training(&dir, model, &part)?);
+        }
+        read(dir)?
     };
     let policy = load_training(dir, parameters, &policy_state)?;
     let mut snapshots = BTreeMap::new();
@@ -490,7 +516,7 @@ pub(crate) fn load(dir: &Path, ground: Option<Ground<'_>>) -> Result<Checkpoint,
         }
         None => None,
     };
-    Ok(Checkpoint { policy, adapters, critic, snapshots, version: state.version })
+    Ok(Checkpoint { policy, named, critic, snapshots })
 }
 
 #[cfg(test)]

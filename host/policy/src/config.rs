@@ -1,12 +1,13 @@
 //! The policy's config, from which a new model's [shape](ModelShape) follows.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use crate::device::PolicyDevice;
 use crate::error::PolicyError;
-use crate::lora::LoraConfig;
+use crate::lora::{LoraConfig, names_problem};
 use crate::shape::{ModelShape, RopeScaling};
 
 /// Sizes that a policy starts from.
@@ -101,6 +102,12 @@ pub struct PolicyConfig {
     /// Train adapters over frozen weights: `[policy.local.lora]` of a run's config. None: all weights are trained.
     #[serde(skip)]
     pub lora: Option<LoraConfig>,
+    /// Names of further whole models: `policy.local.models` of a run's config. None.
+    #[serde(skip)]
+    pub models: Vec<String>,
+    /// Which further model answers an agent role: `[policy.local.roles]` of a run's config. None.
+    #[serde(skip)]
+    pub roles: BTreeMap<String, String>,
     /// Offer a critic: `[policy.local.critic]` of a run's config. None.
     #[serde(skip)]
     pub critic: Option<CriticConfig>,
@@ -149,6 +156,8 @@ impl Default for PolicyConfig {
             gradient_checkpointing: false,
             logits_bytes_max: 64 << 20,
             lora: None,
+            models: vec![],
+            roles: BTreeMap::new(),
             critic: None,
             kv_cache_bytes_max: 1 << 30,
             kv_cache_idle_bytes_max: 128 << 20,
@@ -210,6 +219,9 @@ impl PolicyConfig {
         if let Some(lora) = &self.lora {
             lora.check()?;
         }
+        if let Err((field, problem)) = self.check_models() {
+            return Err(PolicyError::Models { field, problem });
+        }
         if self.requests_waiting_max == 0 {
             return Err(invalid("requests_waiting_max", 0, "use at least 1"));
         }
@@ -218,6 +230,45 @@ impl PolicyConfig {
         }
         shape.check()?;
         Ok(shape)
+    }
+
+    /// Names of the models beside the policy, adapters or whole ones.
+    #[must_use]
+    pub fn named_models(&self) -> &[String] {
+        self.lora.as_ref().map_or(&self.models, |lora| &lora.adapters)
+    }
+
+    /// Checks the models beside the policy, and which roles they answer.
+    ///
+    /// # Errors
+    /// The field, and what is wrong with it and what would help.
+    pub fn check_models(&self) -> Result<(), (String, String)> {
+        let fail = |field: String, problem: String| Err((field, problem));
+        if let (Some(_), Some(first)) = (&self.lora, self.models.first()) {
+            let problem = format!(
+                "with [policy.local.lora] a further model is an adapter; name `{first}` in `lora.adapters` instead"
+            );
+            return fail("models".to_owned(), problem);
+        }
+        if let Some(problem) = names_problem(&self.models) {
+            return fail("models".to_owned(), problem);
+        }
+        let (known, section) = (self.named_models(), if self.lora.is_some() { "lora.adapters" } else { "models" });
+        for (role, model) in &self.roles {
+            if role.is_empty() {
+                return fail("roles".to_owned(), "\"\" is no role; agents that say none ask as `agent`".to_owned());
+            }
+            if model == "policy" {
+                let problem = "roles that are not named ask the policy; remove the line".to_owned();
+                return fail(format!("roles.{role}"), problem);
+            }
+            if !known.contains(model) {
+                let has = if known.is_empty() { "is empty".to_owned() } else { format!("has {}", known.join(", ")) };
+                let problem = format!("there is no model `{model}`; add it to `policy.local.{section}`, which {has}");
+                return fail(format!("roles.{role}"), problem);
+            }
+        }
+        Ok(())
     }
 
     /// The first field beside `directory` that says something about a model with random weights.
@@ -287,6 +338,16 @@ mod tests {
         assert!(refused(PolicyConfig { d_model: Some(102), ..base() }).contains("`heads`"));
         assert!(refused(PolicyConfig { context_tokens_max: Some(0), ..base() }).contains("`context_tokens_max`"));
         assert!(refused(PolicyConfig { initial_std: f32::NAN, ..base() }).contains("`initial_std`"));
+        let named = |names: &[&str]| names.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let roles = |model: &str| BTreeMap::from([("writer".to_owned(), model.to_owned())]);
+        let both = PolicyConfig { lora: Some(LoraConfig::default()), models: named(&["a"]), ..base() };
+        assert!(refused(both).contains("`models`: with [policy.local.lora]"));
+        let nobody = refused(PolicyConfig { models: named(&["a"]), roles: roles("b"), ..base() });
+        assert!(nobody.contains("`roles.writer`") && nobody.contains("`policy.local.models`, which has a"), "{nobody}");
+        assert!(refused(PolicyConfig { roles: roles("policy"), ..base() }).contains("remove the line"));
+        assert!(refused(PolicyConfig { models: named(&["a", "a"]), ..base() }).contains("once"));
+        assert!(refused(PolicyConfig { models: named(&["../a"]), ..base() }).contains("a-z"));
+        PolicyConfig { models: named(&["a"]), roles: roles("a"), ..base() }.shape(512).unwrap();
         let unknown = serde_json::from_str::<PolicyConfig>(r#"{"d_modell": 3}"#).unwrap_err();
         assert!(unknown.to_string().contains("d_modell"));
         let device = serde_json::from_str::<PolicyConfig>(r#"{"device": "gpu"}"#).unwrap_err().to_string();

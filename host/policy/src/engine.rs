@@ -24,7 +24,7 @@ use crate::parameters::Parameters;
 use crate::peft;
 use crate::rotary::RotaryTable;
 use crate::scheduler::SchedulerLimits;
-use crate::session::PolicyBackend;
+use crate::session::{PolicyBackend, Speaker};
 use crate::shape::ModelShape;
 use crate::tokenizer::PolicyTokenizer;
 use crate::train::BatchRunner;
@@ -70,8 +70,9 @@ pub struct EngineStatistics {
 
 /// A handle to one policy. Cheap to clone; the policy's threads end when the last handle, backend and session is gone.
 ///
-/// With LoRA a handle is to one adapter: the policy's own, or another by [`adapter`](Self::adapter). Its verbs, its version and
-/// its backend are that adapter's; [`save`](Self::save) and [`restore`](Self::restore) are of the whole engine.
+/// A handle is to one model: the policy, or one beside it (an adapter, or a whole model) by [`named`](Self::named). Its verbs and its
+/// version are that model's; so is its backend, but that the policy's hands the calls of agent roles to the models that the config
+/// gives them to. [`save`](Self::save) and [`restore`](Self::restore) are of the whole engine.
 #[derive(Clone)]
 pub struct PolicyEngine {
     inner: Arc<Inner>,
@@ -84,6 +85,8 @@ struct Inner {
     tokenizer: PolicyTokenizer,
     shape: ModelShape,
     models: Arc<BTreeMap<ModelName, Arc<Published>>>,
+    /// Which model answers an agent role.
+    roles: BTreeMap<String, ModelName>,
 }
 
 impl std::fmt::Debug for PolicyEngine {
@@ -139,10 +142,9 @@ impl PolicyEngine {
     ) -> Result<Self, PolicyError> {
         let start = Checkpoint {
             policy: Part::new(Arc::new(parameters)),
-            adapters: BTreeMap::new(),
+            named: BTreeMap::new(),
             critic: None,
             snapshots: BTreeMap::new(),
-            version: PolicyVersion(0),
         };
         Self::start(config, tokenizer, start, seed)
     }
@@ -191,11 +193,11 @@ impl PolicyEngine {
             adapt(start, lora, seed, &rotary, config.thread_count())?
         } else {
             let weights = ModelWeights::Full(start.policy.parameters.clone());
-            (start, weights)
+            (with_copies(start, &config.models), weights)
         };
-        let (snapshots, version) = (start.snapshots.clone(), start.version);
+        let snapshots = start.snapshots.clone();
         let (models, critic) = trained(start, &weights);
-        // The limits are for all adapters together.
+        // The limits are for all models together.
         let limits = SchedulerLimits {
             kv_cache_bytes_max: limits.kv_cache_bytes_max / models.len(),
             kv_cache_idle_bytes_max: limits.kv_cache_idle_bytes_max / models.len(),
@@ -215,7 +217,6 @@ impl PolicyEngine {
             critic,
             offers_critic: config.critic.is_some(),
             snapshots: snapshots.into_iter().map(snapshot).collect(),
-            version,
             runner: BatchRunner::new(config, rotary.clone())?,
             rotary,
             tokenizer: tokenizer.clone(),
@@ -226,27 +227,51 @@ impl PolicyEngine {
             .name("policy-train".to_owned())
             .spawn(move || trainer.run(received))
             .map_err(failed)?;
-        let inner = Arc::new(Inner { commands, tokenizer, shape, models: published });
+        let roles = config.roles.iter().map(|(role, model)| (role.clone(), ModelName::Named(model.as_str().into())));
+        let inner = Arc::new(Inner { commands, tokenizer, shape, models: published, roles: roles.collect() });
         Ok(Self { inner, model: ModelName::Policy, published: policy })
     }
 
-    /// A handle to a further adapter, by its name in the config.
+    /// A handle to a model beside the policy, by its name in the config.
     ///
     /// # Errors
     /// When there is none of that name.
-    pub fn adapter(&self, name: &str) -> Result<Self, PolicyError> {
-        let model = ModelName::Adapter(name.into());
-        let unknown = || PolicyError::UnknownAdapter(name.to_owned());
+    pub fn named(&self, name: &str) -> Result<Self, PolicyError> {
+        let model = ModelName::Named(name.into());
+        let unknown = || PolicyError::UnknownModel(name.to_owned());
         let published = self.inner.models.get(&model).cloned().ok_or_else(unknown)?;
         Ok(Self { inner: self.inner.clone(), model, published })
     }
 
-    /// The policy as a language model for rollouts. Live sessions are the live rollouts: open one before its attempt
-    /// starts and drop it as soon as the attempt has ended.
+    /// Handles to all models: the policy, then those beside it in the order of their names.
+    pub fn all(&self) -> impl Iterator<Item = Self> {
+        let handle = |(model, published): (&ModelName, &Arc<Published>)| Self {
+            inner: self.inner.clone(),
+            model: model.clone(),
+            published: published.clone(),
+        };
+        self.inner.models.iter().map(handle)
+    }
+
+    /// The model's name in the config; `None` is the policy.
+    #[must_use]
+    pub fn name(&self) -> Option<&str> {
+        self.model.name()
+    }
+
+    /// This model as a language model for rollouts; of the policy's handle, with the models that the config gives agent roles to
+    /// answering those. Live sessions are the live rollouts: open one before its attempt starts and drop it as soon as the
+    /// attempt has ended.
     #[must_use]
     pub fn backend(&self) -> Arc<dyn LlmBackend> {
-        let (generator, tokenizer) = (self.published.generator.clone(), self.inner.tokenizer.clone());
-        Arc::new(PolicyBackend { generator, tokenizer })
+        let speaker = |model: &ModelName| {
+            let generator = self.inner.models.get(model)?.generator.clone();
+            Some(Speaker { model: model.name().map(Arc::from), generator })
+        };
+        let roles = if self.model == ModelName::Policy { Some(&self.inner.roles) } else { None };
+        let by_role = roles.into_iter().flatten().filter_map(|(role, model)| Some((role.clone(), speaker(model)?)));
+        let own = Speaker { model: self.model.name().map(Arc::from), generator: self.published.generator.clone() };
+        Arc::new(PolicyBackend::new(own, by_role.collect(), self.inner.tokenizer.clone()))
     }
 
     /// Version of the newest weights.
@@ -279,7 +304,7 @@ impl PolicyEngine {
         &self.inner.tokenizer
     }
 
-    /// Hash of the newest weights, every bit of them; those under an adapter count too.
+    /// Hash of this model's newest weights, every bit of them; those under an adapter count too.
     #[must_use]
     pub fn weights_hash(&self) -> ContentHash {
         self.published.weights().hash()
@@ -475,6 +500,14 @@ impl PolicyEngine {
     }
 }
 
+/// Puts further whole models beside the policy: copies of it, unless a checkpoint has them already.
+fn with_copies(mut start: Checkpoint, names: &[String]) -> Checkpoint {
+    let (mut kept, parameters) = (std::mem::take(&mut start.named), start.policy.parameters.clone());
+    let mut part = |name: &String| kept.remove(name).unwrap_or_else(|| Part::new(parameters.clone()));
+    start.named = names.iter().map(|name| (name.clone(), part(name))).collect();
+    start
+}
+
 /// Puts adapters over a model, which stays as it is from now on: fresh ones, or the policy's own from a folder.
 fn adapt(
     model: Checkpoint,
@@ -492,10 +525,9 @@ fn adapt(
     };
     let start = Checkpoint {
         policy,
-        adapters: lora.adapters.iter().map(|name| (name.clone(), fresh(name))).collect(),
+        named: lora.adapters.iter().map(|name| (name.clone(), fresh(name))).collect(),
         critic: None,
         snapshots: BTreeMap::new(),
-        version: PolicyVersion(0),
     };
     let base = Arc::new(Base::new(model.policy.parameters, rotary.clone(), threads));
     Ok((start, ModelWeights::Adapted { base, layout, adapter: None }))

@@ -48,9 +48,19 @@ pub enum PolicyError {
     /// A snapshot of that name has not been taken.
     #[error("there is no snapshot `{0}`")]
     UnknownSnapshot(String),
-    /// No adapter of that name is configured.
-    #[error("there is no adapter `{0}`: name it in `adapters` of [policy.local.lora]")]
-    UnknownAdapter(String),
+    /// Models beside the policy, or the roles that they answer, do not make sense.
+    #[error("`{field}`: {problem}")]
+    Models {
+        /// The field of `[policy.local]`.
+        field: String,
+        /// What is wrong, and what would help.
+        problem: String,
+    },
+    /// No model of that name is configured.
+    #[error(
+        "there is no adapter `{0}`: name it in `adapters` of [policy.local.lora], or a whole model in `models` of [policy.local]"
+    )]
+    UnknownModel(String),
     /// A critic was asked for and the config offers none.
     #[error("there is no critic: add [policy.local.critic] to the config")]
     NoCritic,

@@ -33,8 +33,8 @@ use crate::tokenizer::PolicyTokenizer;
 use self::chat::FolderTemplate;
 pub use self::config::ModelDescription;
 pub use self::export::{
-    ExportOptions, Exported, FileType, Written, export_adapter, export_checkpoint, holds_adapter, import_folder,
-    merge_adapter, new_folder,
+    ExportOptions, Exported, FileType, Written, adapter_folder, export_adapter, export_checkpoint, holds_adapter,
+    import_folder, merge_adapter, named_model, new_folder,
 };
 pub use self::plan::{MemoryPlan, PlanOptions};
 use self::tokenizer::FolderTokenizer;

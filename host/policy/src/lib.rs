@@ -81,7 +81,8 @@ pub use engine::{EncodedDemonstration, EngineStatistics, PolicyEngine};
 pub use error::PolicyError;
 pub use hugging_face::{
     Conversation, ExportOptions, Exported, FileType, MemoryPlan, ModelDescription, ModelFolder, PlanOptions, Written,
-    export_adapter, export_checkpoint, holds_adapter, import_folder, merge_adapter, new_folder,
+    adapter_folder, export_adapter, export_checkpoint, holds_adapter, import_folder, merge_adapter, named_model,
+    new_folder,
 };
 pub use inference::{CrossEntropy, Greedy, Inference};
 pub use lora::{LoraConfig, LoraTarget};

@@ -23,10 +23,10 @@ use crate::shape::ModelShape;
 
 /// Largest rank. Above it full training is cheaper.
 const RANK_MAX: usize = 1_024;
-/// Most adapters beside the default one: each has weights and moments of its own.
-const ADAPTERS_MAX: usize = 64;
-/// Longest name of an adapter in bytes.
-const ADAPTER_NAME_BYTES_MAX: usize = 64;
+/// Most models beside the policy: each has weights and moments of its own.
+const MODELS_MAX: usize = 64;
+/// Longest name of a model in bytes. 32: metrics are named after models.
+const MODEL_NAME_BYTES_MAX: usize = 32;
 
 /// A projection that an adapter can change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -119,28 +119,30 @@ impl LoraConfig {
         if self.targets.is_empty() {
             return Err(invalid("lora.targets", "empty", "name at least one of q, k, v, o, gate, up, down"));
         }
-        if self.adapters.len() > ADAPTERS_MAX {
-            let reason = format!("there may be {ADAPTERS_MAX} beside the policy's own");
-            return Err(invalid("lora.adapters", self.adapters.len(), &reason));
+        match names_problem(&self.adapters) {
+            Some(problem) => Err(invalid("lora.adapters", self.adapters.join(", "), &problem)),
+            None => Ok(()),
         }
-        for (at, name) in self.adapters.iter().enumerate() {
-            if let Some(reason) = name_problem(name) {
-                return Err(invalid("lora.adapters", name, reason));
-            }
-            if self.adapters.iter().skip(at + 1).any(|other| other == name) {
-                return Err(invalid("lora.adapters", name, "name each adapter once"));
-            }
-        }
-        Ok(())
     }
 }
 
-/// Why a name cannot be an adapter's, if it cannot. Names become folders.
+/// What is wrong with the names of the models beside the policy, if anything is.
+pub(crate) fn names_problem(names: &[String]) -> Option<String> {
+    if names.len() > MODELS_MAX {
+        return Some(format!("there are {} and may be {MODELS_MAX} beside the policy's own", names.len()));
+    }
+    names.iter().enumerate().find_map(|(at, name)| {
+        let twice = || names.iter().skip(at + 1).any(|other| other == name).then_some("name each of them once");
+        name_problem(name).or_else(twice).map(|problem| format!("`{name}`: {problem}"))
+    })
+}
+
+/// Why a name cannot be a model's, if it cannot. Names become folders.
 pub(crate) fn name_problem(name: &str) -> Option<&'static str> {
     let fits = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'-' | b'_');
-    if name.is_empty() || name.len() > ADAPTER_NAME_BYTES_MAX || !name.bytes().all(fits) {
-        Some("use 1 to 64 of a-z, 0-9, `-`, `_`")
-    } else if matches!(name, "default" | "policy" | "critic") {
+    if name.is_empty() || name.len() > MODEL_NAME_BYTES_MAX || !name.bytes().all(fits) {
+        Some("use 1 to 32 of a-z, 0-9, `-`, `_`")
+    } else if matches!(name, "default" | "policy" | "critic" | "host" | "reward") {
         Some("that name has a meaning of its own")
     } else {
         None

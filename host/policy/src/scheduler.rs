@@ -5,6 +5,9 @@
 //! function of its prompt, its seed and the weights alone (see [`crate::kernel`]), so neither this timing, nor the number
 //! of threads, nor a cancelled neighbour can change a token: batches are formed for speed only.
 //!
+//! An engine with several models has a scheduler for each. A session is open in all of them that it may ask, and while it waits for
+//! one of them it counts as waiting in the others too.
+//!
 //! Each thread owns the calls that it took and carries them to their end ([`crate::worker`]), unless it has to put one back
 //! for want of memory. (Rejected: one batch split over threads at every step; it pays two wake-ups per step of a
 //! millisecond.)
@@ -82,6 +85,12 @@ struct State {
 }
 
 impl State {
+    /// Opens a round at the very moment when everybody waits: a thread may look later than one of them goes on, where that one
+    /// waited for another model.
+    fn open_round_when_all_wait(&mut self) {
+        self.round_open |= !self.waiting.is_empty() && self.busy == self.sessions.len();
+    }
+
     fn close_round_when_empty(&mut self) {
         if self.waiting.is_empty() {
             self.waiting_since = None;
@@ -142,7 +151,7 @@ pub(crate) struct Scheduler {
     pub(crate) kept_tokens_max: usize,
 }
 
-/// Counts a call as in flight until it is dropped.
+/// Counts a call as in flight until it is dropped: one of this scheduler, or one that the session makes elsewhere.
 #[derive(Debug)]
 pub(crate) struct Ticket {
     scheduler: Arc<Scheduler>,
@@ -319,6 +328,28 @@ impl Scheduler {
         self.memory.close(session);
     }
 
+    /// Counts a session as busy while it waits for another model of its engine: nobody here need wait for it meanwhile.
+    pub(crate) fn elsewhere(self: &Arc<Self>, session: u64) -> Ticket {
+        let ticket = {
+            let mut state = self.lock();
+            let ticket = self.ticket(&mut state, session);
+            state.open_round_when_all_wait();
+            ticket
+        };
+        self.wake.notify_all();
+        ticket
+    }
+
+    fn ticket(self: &Arc<Self>, state: &mut State, session: u64) -> Ticket {
+        if let Some(calls) = state.sessions.get_mut(&session) {
+            *calls += 1;
+            if *calls == 1 {
+                state.busy += 1;
+            }
+        }
+        Ticket { scheduler: self.clone(), session }
+    }
+
     /// Queues a call and waits for its answer. Dropping the future cancels the call. A full queue answers `Unavailable`.
     pub(crate) async fn ask(
         self: &Arc<Self>,
@@ -339,15 +370,10 @@ impl Scheduler {
             }
             state.serial += 1;
             let key = RequestKey { attempt, call_index, serial: state.serial };
-            if let Some(calls) = state.sessions.get_mut(&session) {
-                *calls += 1;
-                if *calls == 1 {
-                    state.busy += 1;
-                }
-            }
-            let ticket = Ticket { scheduler: self.clone(), session };
+            let ticket = self.ticket(&mut state, session);
             state.waiting.insert(key.clone(), Call::new(key.clone(), request, reply, ticket));
             state.waiting_since.get_or_insert_with(Instant::now);
+            state.open_round_when_all_wait();
             Cancel { scheduler: self.clone(), key }
         };
         self.wake.notify_all();

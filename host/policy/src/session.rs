@@ -1,5 +1,7 @@
-//! The policy as a language model for rollouts: sessions, their history of completions, and what a request may ask for.
+//! The policy as a language model for rollouts: sessions, their history of completions, and what a request may ask for. A session
+//! has one history, whichever models have answered: they all read it in the same tokens.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use fulgurite_core::id::ResponseId;
@@ -12,23 +14,52 @@ use futures::future::BoxFuture;
 
 use crate::call::{Generated, Request};
 use crate::error::PolicyError;
-use crate::scheduler::Generator;
+use crate::scheduler::{Generator, Scheduler};
 use crate::stream::{Listener, PolicyStream};
 use crate::tokenizer::PolicyTokenizer;
 
+/// A model that answers.
+#[derive(Debug, Clone)]
+pub(crate) struct Speaker {
+    /// Its name in the config; `None` is the policy.
+    pub(crate) model: Option<Arc<str>>,
+    pub(crate) generator: Arc<Generator>,
+}
+
 /// Opens sessions on the policy.
 pub(crate) struct PolicyBackend {
-    pub(crate) generator: Arc<Generator>,
-    pub(crate) tokenizer: PolicyTokenizer,
+    /// Answers where no role says otherwise.
+    own: Speaker,
+    /// The others that sessions may ask.
+    others: Vec<Speaker>,
+    /// Places among the others, by agent role.
+    roles: Arc<BTreeMap<String, usize>>,
+    tokenizer: PolicyTokenizer,
+}
+
+impl PolicyBackend {
+    /// Calls of the roles go to theirs, all others to `own`. All models have one tokenizer.
+    pub(crate) fn new(own: Speaker, by_role: BTreeMap<String, Speaker>, tokenizer: PolicyTokenizer) -> Self {
+        let (mut others, mut roles) = (Vec::<Speaker>::new(), BTreeMap::new());
+        for (role, speaker) in by_role {
+            let known = others.iter().position(|known| known.model == speaker.model);
+            roles.insert(role, known.unwrap_or(others.len()));
+            if known.is_none() {
+                others.push(speaker);
+            }
+        }
+        Self { own, others, roles: Arc::new(roles), tokenizer }
+    }
 }
 
 impl LlmBackend for PolicyBackend {
     fn open(&self, info: SessionInfo) -> Box<dyn LlmSession> {
-        let id = self.generator.scheduler.open_session();
+        let open = |speaker: &Speaker| (speaker.clone(), speaker.generator.scheduler.open_session());
         let history = info.history.iter().filter_map(|completion| Recorded::of(completion)).collect();
         let session = Session {
-            id,
-            generator: self.generator.clone(),
+            own: open(&self.own),
+            others: self.others.iter().map(open).collect(),
+            roles: self.roles.clone(),
             tokenizer: self.tokenizer.clone(),
             info,
             history: Mutex::new(history),
@@ -46,7 +77,9 @@ struct OpenSession(Arc<Session>);
 
 impl Drop for OpenSession {
     fn drop(&mut self) {
-        self.0.generator.scheduler.close_session(self.0.id);
+        for (speaker, id) in self.0.speakers() {
+            speaker.generator.scheduler.close_session(*id);
+        }
     }
 }
 
@@ -65,13 +98,16 @@ impl LlmSession for OpenSession {
     }
 
     fn stream(&self, call_index: u64, request: Arc<ChatRequest>) -> Box<dyn LlmStream> {
-        Box::new(PolicyStream::new(self.0.clone(), call_index, request))
+        let speaker = self.0.asked(&request.agent_role).0.clone();
+        Box::new(PolicyStream::new(self.0.clone(), speaker, call_index, request))
     }
 }
 
 pub(crate) struct Session {
-    id: u64,
-    pub(crate) generator: Arc<Generator>,
+    /// The models that it may ask, as those of [`PolicyBackend`], each with the session's number there.
+    own: (Speaker, u64),
+    others: Vec<(Speaker, u64)>,
+    roles: Arc<BTreeMap<String, usize>>,
     pub(crate) tokenizer: PolicyTokenizer,
     pub(crate) info: SessionInfo,
     /// Completions so far, to be spliced when a message repeats one.
@@ -132,6 +168,15 @@ fn check(sampling: &Sampling, vocabulary: usize) -> Result<(), LlmError> {
 }
 
 impl Session {
+    fn speakers(&self) -> impl Iterator<Item = &(Speaker, u64)> {
+        std::iter::once(&self.own).chain(&self.others)
+    }
+
+    /// The model that answers an agent role, with the session's number there.
+    fn asked(&self, agent_role: &str) -> &(Speaker, u64) {
+        self.roles.get(agent_role).and_then(|place| self.others.get(*place)).unwrap_or(&self.own)
+    }
+
     /// Answers a request. Where there is a `listener`, it gets the prompt, and each token as it is drawn.
     pub(crate) async fn answer(
         &self,
@@ -145,24 +190,32 @@ impl Session {
         if request.messages.is_empty() {
             return Err(LlmError::InvalidRequest("`messages` is empty".to_owned()));
         }
+        let (speaker, id) = self.asked(&request.agent_role);
+        let scheduler = &speaker.generator.scheduler;
         let sampling = request.sampling.clone().filled_from(&self.info.sampling);
-        check(&sampling, self.generator.scheduler.published().shape.vocabulary)?;
-        let prompt: Arc<[u32]> = self.encode(&request.messages, &request.tools)?.into();
+        check(&sampling, scheduler.published().shape.vocabulary)?;
+        let prompt: Arc<[u32]> = self.encode(scheduler, &request.messages, &request.tools)?.into();
         let listener = listener.map(|listener| listener.told(&prompt));
         let seed = match sampling.seed {
             Some(seed) => Seed::new(seed),
             None => self.info.seed.child("policy").child_index(call_index),
         };
-        let progress =
-            sampling.constraint.as_ref().map(|shape| self.generator.scheduler.constrain(shape)).transpose()?;
+        let progress = sampling.constraint.as_ref().map(|shape| scheduler.constrain(shape)).transpose()?;
         let ask = Request { prompt, sampling, seed, progress, listener };
         let attempt = self.info.attempt.clone();
-        let generated = self.generator.scheduler.ask(self.id, attempt, call_index, ask).await?;
-        Ok(self.complete(call_index, generated))
+        let others = self.speakers().filter(|(other, _)| other.model != speaker.model);
+        let _elsewhere: Vec<_> = others.map(|(other, id)| other.generator.scheduler.elsewhere(*id)).collect();
+        let generated = scheduler.ask(*id, attempt, call_index, ask).await?;
+        Ok(self.complete(speaker, call_index, generated))
     }
 
-    fn encode(&self, messages: &[Message], tools: &[fulgurite_core::llm::ToolSpec]) -> Result<Vec<u32>, LlmError> {
-        let context = self.generator.scheduler.published().shape.context_tokens_max;
+    fn encode(
+        &self,
+        scheduler: &Scheduler,
+        messages: &[Message],
+        tools: &[fulgurite_core::llm::ToolSpec],
+    ) -> Result<Vec<u32>, LlmError> {
+        let context = scheduler.published().shape.context_tokens_max;
         let exceeded = |tokens: usize| LlmError::ContextLengthExceeded {
             prompt_tokens: u32::try_from(tokens).unwrap_or(u32::MAX),
             context_tokens_max: u32::try_from(context).unwrap_or(u32::MAX),
@@ -191,7 +244,7 @@ impl Session {
     }
 
     /// The completion that a call has drawn.
-    fn complete(&self, call_index: u64, generated: Generated) -> Completion {
+    fn complete(&self, speaker: &Speaker, call_index: u64, generated: Generated) -> Completion {
         let (text, tool_calls) = if let Some(at) = generated.stop_at_byte {
             // What stands before a stop text is text: markup that it cut in two is not a call.
             let decoded = self.tokenizer.decode_bytes(&generated.completion);
@@ -201,12 +254,13 @@ impl Session {
             let text = generated.completion.split_at(generated.completion.len() - generated.stop_tokens).0;
             self.tokenizer.parse_completion(text, call_index)
         };
-        self.completion(call_index, text, tool_calls, generated)
+        self.completion(speaker, call_index, text, tool_calls, generated)
     }
 
     /// A completion whose text is known.
     pub(crate) fn completion(
         &self,
+        speaker: &Speaker,
         call_index: u64,
         text: String,
         tool_calls: Vec<ToolCall>,
@@ -231,6 +285,7 @@ impl Session {
             policy_version: generated.version,
             token_versions: generated.token_versions,
             kept: if is_told { generated.kept } else { KeptTokens::default() },
+            model: speaker.model.clone(),
         };
         Completion { text, tool_calls, finish_reason, usage, response_id, tokens: Some(tokens), not_trainable }
     }

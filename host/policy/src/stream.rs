@@ -12,7 +12,7 @@ use futures::future::BoxFuture;
 use tokio::sync::mpsc;
 
 use crate::call::{Generated, Piece};
-use crate::session::Session;
+use crate::session::{Session, Speaker};
 use crate::settled_text::SettledText;
 
 /// What an answer tells its stream before it ends.
@@ -33,6 +33,7 @@ impl Listener {
 /// A call under way.
 pub(crate) struct PolicyStream {
     session: Arc<Session>,
+    speaker: Speaker,
     call_index: u64,
     /// Dropping it cancels the call.
     answer: BoxFuture<'static, Result<Completion, LlmError>>,
@@ -55,8 +56,8 @@ pub(crate) struct PolicyStream {
 }
 
 impl PolicyStream {
-    pub(crate) fn new(session: Arc<Session>, call_index: u64, request: Arc<ChatRequest>) -> Self {
-        let scheduler = &session.generator.scheduler;
+    pub(crate) fn new(session: Arc<Session>, speaker: Speaker, call_index: u64, request: Arc<ChatRequest>) -> Self {
+        let scheduler = &speaker.generator.scheduler;
         // Never full: a completion has fewer tokens.
         let (pieces, unread) = mpsc::channel(scheduler.published().shape.context_tokens_max);
         let prompt: Arc<OnceLock<_>> = Arc::default();
@@ -66,6 +67,7 @@ impl PolicyStream {
         Self {
             text: SettledText::new(session.tokenizer.clone(), stops),
             chunk_tokens: scheduler.stream_chunk_tokens,
+            speaker,
             session,
             call_index,
             answer: Box::pin(async move { asked.answer(call_index, request, Some(listener)).await }),
@@ -133,7 +135,7 @@ impl LlmStream for PolicyStream {
         let pieces = self.read.get(..tokens).filter(|pieces| !pieces.is_empty())?;
         let text = self.text.so_far().get(..bytes)?.to_owned();
         let generated = Generated::of_pieces(self.prompt.get()?.clone(), pieces);
-        Some(self.session.completion(self.call_index, text, vec![], generated))
+        Some(self.session.completion(&self.speaker, self.call_index, text, vec![], generated))
     }
 }
 

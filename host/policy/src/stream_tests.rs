@@ -1,5 +1,6 @@
 //! A worker that is driven turn by turn, so that what a reader sees between two tokens can be looked at.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 
 use fulgurite_core::id::{AttemptKey, AttemptNumber, PolicyVersion, RolloutId};
@@ -16,7 +17,7 @@ use crate::decoder::Decoder;
 use crate::parameters::Parameters;
 use crate::rotary::RotaryTable;
 use crate::scheduler::{Generator, Scheduler, SchedulerLimits};
-use crate::session::PolicyBackend;
+use crate::session::{PolicyBackend, Speaker};
 use crate::tokenizer::{PolicyTokenizer, TokenizerConfig};
 use crate::worker::Worker;
 
@@ -53,7 +54,8 @@ impl Bench {
             swap_in_flight: false,
         };
         let scheduler = Arc::new(Scheduler::new(decoder, tokenizer.clone(), limits));
-        let backend = PolicyBackend { generator: Arc::new(Generator { scheduler: scheduler.clone() }), tokenizer };
+        let own = Speaker { model: None, generator: Arc::new(Generator { scheduler: scheduler.clone() }) };
+        let backend = PolicyBackend::new(own, BTreeMap::new(), tokenizer);
         let attempt = AttemptKey { rollout: RolloutId::new("r").unwrap(), attempt: AttemptNumber::FIRST };
         let sampling = Sampling::default();
         let info = SessionInfo { attempt, item_id: "item".into(), seed: Seed::new(2), sampling, history: vec![] };

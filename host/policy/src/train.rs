@@ -214,6 +214,7 @@ impl BatchRunner {
         let backend = config.device.open()?;
         let asked = [
             ("lora", config.lora.is_some()),
+            ("models", !config.models.is_empty()),
             ("critic", config.critic.is_some()),
             ("gradient_checkpointing", config.gradient_checkpointing),
         ];

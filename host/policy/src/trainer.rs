@@ -25,7 +25,7 @@ use crate::weights::ModelWeights;
 
 /// Longest name of a snapshot in bytes.
 const SNAPSHOT_NAME_BYTES_MAX: usize = 64;
-/// Most snapshots at once: each is a full copy of the weights.
+/// Most snapshots of one model at once: each is a full copy of what is trained.
 const SNAPSHOTS_MAX: usize = 16;
 /// The snapshot that the KL term refers to.
 const REFERENCE: &str = "reference";
@@ -37,8 +37,8 @@ pub(crate) type Answer<T> = oneshot::Sender<Result<T, PolicyError>>;
 pub(crate) enum ModelName {
     /// The policy; with LoRA its default adapter.
     Policy,
-    /// A further adapter.
-    Adapter(Arc<str>),
+    /// A further adapter, or a further whole model.
+    Named(Arc<str>),
 }
 
 /// What a handle asks for.
@@ -61,8 +61,7 @@ pub(crate) enum Command {
 
 /// The newest weights of one model, and what samples from them.
 ///
-/// Every adapter has generating threads of its own: calls of different adapters are never in one batch, and no adapter's calls
-/// wait for the sessions of another.
+/// Every model has generating threads of its own: calls of different models are never in one batch.
 #[derive(Debug)]
 pub(crate) struct Published {
     pub(crate) generator: Arc<Generator>,
@@ -181,14 +180,12 @@ fn check_step(step: &OptimiserStep) -> Result<(), PolicyError> {
 
 /// The training state and the thread that owns it.
 pub(crate) struct Trainer {
-    /// The policy and further adapters.
+    /// The policy and those beside it.
     pub(crate) models: BTreeMap<ModelName, Trained>,
     /// Made when it is first asked for.
     pub(crate) critic: Option<Trained>,
     pub(crate) offers_critic: bool,
     pub(crate) snapshots: BTreeMap<String, ModelWeights>,
-    /// Newest version of any model: no two publications have the same one.
-    pub(crate) version: PolicyVersion,
     pub(crate) runner: BatchRunner,
     pub(crate) rotary: Arc<RotaryTable>,
     pub(crate) tokenizer: PolicyTokenizer,
@@ -306,11 +303,10 @@ impl Trainer {
         Ok(OptimiserReport { gradient_norm, skipped, policy_version: self.model(model)?.version })
     }
 
-    /// Publishes a model's weights under the next version.
+    /// Publishes a model's weights under its next version. Each model counts its own: how many versions old something is says
+    /// how often its model has changed since.
     fn publish_next(&mut self, model: &ModelName) -> Result<(), PolicyError> {
-        self.version = PolicyVersion(self.version.0 + 1);
-        let version = self.version;
-        self.model_mut(model)?.version = version;
+        self.model_mut(model)?.version.0 += 1;
         self.publish(model)
     }
 
@@ -363,8 +359,9 @@ impl Trainer {
             )));
         }
         let key = snapshot_key(model, name);
-        if self.snapshots.len() >= SNAPSHOTS_MAX && !self.snapshots.contains_key(&key) {
-            return Err(PolicyError::InvalidBatch(format!("there are {SNAPSHOTS_MAX} snapshots already")));
+        let of_model = |key: &&String| key.rsplit_once('/').map(|(of, _)| of) == model.name();
+        if self.snapshots.keys().filter(of_model).count() >= SNAPSHOTS_MAX && !self.snapshots.contains_key(&key) {
+            return Err(PolicyError::InvalidBatch(format!("there are {SNAPSHOTS_MAX} snapshots of it already")));
         }
         let weights = self.model(model)?.weights.clone();
         self.snapshots.insert(key, weights);
@@ -395,33 +392,32 @@ impl Trainer {
 
     fn save(&self, dir: &Path) -> Result<(), PolicyError> {
         let policy = self.model(&ModelName::Policy)?;
-        let adapters = self.models.iter().filter_map(|(name, trained)| match name {
-            ModelName::Adapter(name) => Some((&**name, trained.view())),
+        let named = self.models.iter().filter_map(|(name, trained)| match name {
+            ModelName::Named(name) => Some((&**name, trained.view())),
             ModelName::Policy => None,
         });
         let snapshots = self.snapshots.iter().map(|(name, weights)| (name.as_str(), &**weights.trained()));
         let view = CheckpointView {
             policy: policy.view(),
-            adapters: adapters.collect(),
+            named: named.collect(),
             critic: self.critic.as_ref().map(Trained::view),
             snapshots: snapshots.collect(),
-            version: self.version,
         };
         std::fs::create_dir_all(dir).map_err(PolicyError::io(dir))?;
         self.tokenizer.save(dir)?;
-        checkpoint::save(dir, &view, policy.weights.ground(), self.tokenizer.ends())
+        checkpoint::save(dir, &view, policy.weights.ground(), &self.tokenizer)
     }
 
     fn restore(&mut self, dir: &Path) -> Result<(), PolicyError> {
         let weights = self.model(&ModelName::Policy)?.weights.clone();
         let loaded = checkpoint::load(dir, weights.ground())?;
-        let known: Vec<&str> = self.models.keys().filter_map(ModelName::adapter).collect();
+        let known: Vec<&str> = self.models.keys().filter_map(ModelName::name).collect();
         let reason = if loaded.policy.parameters.shape != *weights.shape() {
             Some("its model has other sizes than this policy")
         } else if PolicyTokenizer::load(dir)?.hash() != self.tokenizer.hash() {
             Some("its tokenizer or chat template is not this policy's")
-        } else if !loaded.adapters.keys().map(String::as_str).eq(known) {
-            Some("it has other adapters than the config names")
+        } else if !loaded.named.keys().map(String::as_str).eq(known) {
+            Some("it has other adapters or further models than the config names")
         } else if loaded.critic.is_some() && !self.offers_critic {
             Some("it has a critic, and the config has no [policy.local.critic]")
         } else {
@@ -430,11 +426,10 @@ impl Trainer {
         if let Some(reason) = reason {
             return Err(PolicyError::Checkpoint { path: dir.to_owned(), reason: reason.to_owned() });
         }
-        let (snapshots, version) = (loaded.snapshots.clone(), loaded.version);
+        let snapshots = loaded.snapshots.clone();
         (self.models, self.critic) = trained(loaded, &weights);
         let snapshot = |(name, parameters): (String, Arc<Parameters>)| (name, weights.with_trained(parameters));
         self.snapshots = snapshots.into_iter().map(snapshot).collect();
-        self.version = version;
         for model in self.models.keys() {
             self.publish(model)?;
         }
@@ -447,7 +442,7 @@ pub(crate) fn trained(
     checkpoint: Checkpoint,
     weights: &ModelWeights,
 ) -> (BTreeMap<ModelName, Trained>, Option<Trained>) {
-    let further = checkpoint.adapters.into_iter().map(|(name, part)| (ModelName::Adapter(name.into()), part));
+    let further = checkpoint.named.into_iter().map(|(name, part)| (ModelName::Named(name.into()), part));
     let parts = std::iter::once((ModelName::Policy, checkpoint.policy)).chain(further);
     let models = parts.map(|(name, part)| (name, Trained::new(weights, part))).collect();
     let critic = checkpoint.critic.map(|part| Trained::new(&ModelWeights::Critic(part.parameters.clone()), part));
@@ -455,21 +450,21 @@ pub(crate) fn trained(
 }
 
 impl ModelName {
-    fn adapter(&self) -> Option<&str> {
+    pub(crate) fn name(&self) -> Option<&str> {
         match self {
             Self::Policy => None,
-            Self::Adapter(name) => Some(name),
+            Self::Named(name) => Some(name),
         }
     }
 }
 
-/// Adapters have snapshots of their own: no name of one has a slash.
+/// Models have snapshots of their own: no name of one has a slash.
 fn snapshot_key(model: &ModelName, name: &str) -> String {
-    model.adapter().map_or_else(|| name.to_owned(), |adapter| format!("{adapter}/{name}"))
+    model.name().map_or_else(|| name.to_owned(), |model| format!("{model}/{name}"))
 }
 
 fn unknown(model: &ModelName) -> PolicyError {
-    PolicyError::UnknownAdapter(model.adapter().unwrap_or("policy").to_owned())
+    PolicyError::UnknownModel(model.name().unwrap_or("policy").to_owned())
 }
 
 fn no_adapters() -> PolicyError {

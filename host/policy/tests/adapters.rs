@@ -38,7 +38,9 @@ async fn sampled(engine: &PolicyEngine) -> TokenData {
     let request =
         ChatRequest { messages, tools: vec![], sampling: Sampling::default(), agent_role: "a".into(), endpoint: None };
     let session = engine.backend().open(info);
-    session.chat(0, std::sync::Arc::new(request)).await.unwrap().tokens.clone().unwrap()
+    let mut tokens = session.chat(0, std::sync::Arc::new(request)).await.unwrap().tokens.clone().unwrap();
+    assert_eq!(tokens.model.take().as_deref(), engine.name());
+    tokens
 }
 
 fn row(tokens: &TokenData) -> TrainingRow {
@@ -88,7 +90,7 @@ async fn critic_update(engine: &PolicyEngine) {
 #[tokio::test]
 async fn fresh_adapters_sample_as_their_base_and_each_learns_alone() {
     let (base, adapted) = (engine(&plain()), engine(&lora()));
-    let planner = adapted.adapter("planner").unwrap();
+    let planner = adapted.named("planner").unwrap();
     let want = sampled(&base).await;
     for engine in [&adapted, &planner] {
         assert_eq!(sampled(engine).await, want);
@@ -101,16 +103,16 @@ async fn fresh_adapters_sample_as_their_base_and_each_learns_alone() {
     assert_ne!(sampled(&planner).await.log_probs, want.log_probs);
     assert_eq!(sampled(&adapted).await, want);
     update(&adapted).await;
-    assert_eq!(adapted.version(), PolicyVersion(3), "no two publications have one version");
-    assert!(matches!(adapted.adapter("nobody"), Err(PolicyError::UnknownAdapter(_))));
-    assert!(base.adapter("planner").is_err());
+    assert_eq!(adapted.version(), PolicyVersion(1), "each model counts its own versions");
+    assert!(matches!(adapted.named("nobody"), Err(PolicyError::UnknownModel(_))));
+    assert!(base.named("planner").is_err());
 }
 
 #[tokio::test]
 async fn going_on_from_a_checkpoint_of_adapters_is_going_on() {
     let dir = tempfile::tempdir().unwrap();
     let straight = engine(&lora());
-    let planner = straight.adapter("planner").unwrap();
+    let planner = straight.named("planner").unwrap();
     update(&straight).await;
     planner.snapshot("reference").await.unwrap();
     update(&planner).await;
@@ -121,7 +123,7 @@ async fn going_on_from_a_checkpoint_of_adapters_is_going_on() {
 
     let restored = engine(&lora());
     restored.restore(dir.path()).await.unwrap();
-    let of_restored = restored.adapter("planner").unwrap();
+    let of_restored = restored.named("planner").unwrap();
     for (engine, planner) in [(&straight, &planner), (&restored, &of_restored)] {
         planner.optimiser_step(step()).await.unwrap();
         assert!(update(planner).await > 0.0);

@@ -259,6 +259,7 @@ impl Shared {
             policy_version: PolicyVersion(0),
             token_versions: vec![],
             kept: KeptTokens::default(),
+            model: None,
         }
     }
 }

@@ -5,7 +5,8 @@ use std::future::Future;
 use std::sync::Arc;
 
 use fulgurite_core::algorithm::{
-    AlgorithmHost, AlgorithmHostError, ForkRequest, GroupSpec, Item, TrajectoryView, TransitionView, WaitFor,
+    AlgorithmHost, AlgorithmHostError, ForkRequest, GroupSpec, Item, ModelReference, TrajectoryView, TransitionView,
+    WaitFor,
 };
 use fulgurite_core::dataset::Split;
 use fulgurite_core::id::RolloutId;
@@ -49,6 +50,14 @@ pub struct TransitionHandle(Arc<TransitionView>);
 pub struct TrajectoryHandle {
     view: TrajectoryView,
     transitions: Vec<Arc<TransitionView>>,
+}
+
+fn model_to_wit(model: &ModelReference) -> common::Model {
+    match model {
+        ModelReference::Policy => common::Model::Policy,
+        ModelReference::Snapshot(name) => common::Model::Snapshot(name.clone()),
+        ModelReference::Named(name) => common::Model::Named(name.clone()),
+    }
 }
 
 fn refusal(error: AlgorithmHostError) -> common::HostError {
@@ -350,6 +359,10 @@ impl trajectories::HostTransition for AlgorithmState {
 
     fn agent_role(&mut self, transition: Resource<TransitionHandle>) -> wasmtime::Result<String> {
         Ok(self.table.get(&transition)?.0.agent_role.clone())
+    }
+
+    fn model(&mut self, transition: Resource<TransitionHandle>) -> wasmtime::Result<common::Model> {
+        Ok(model_to_wit(&self.table.get(&transition)?.0.model))
     }
 
     fn prompt_tokens(&mut self, transition: Resource<TransitionHandle>) -> wasmtime::Result<u32> {

@@ -66,6 +66,7 @@ fn transition(id: &str) -> TransitionView {
         call_index: 0,
         event: 0,
         agent_role: "agent".to_owned(),
+        model: ModelReference::Policy,
         prompt_tokens: 10,
         completion_tokens: 2,
         trainable: true,

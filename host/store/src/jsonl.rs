@@ -1,7 +1,7 @@
 //! A store as text: one record on each line, every line a JSON object with one key that says what it is.
 //!
 //! ```text
-//! {"header":{"format":"fulgurite-store","version":1,"schema":4}}
+//! {"header":{"format":"fulgurite-store","version":1,"schema":5}}
 //! {"resource":{"version":1,"after":0,"name":"prompt","text":"..."}}
 //! {"worker":{"id":"...", ...}}
 //! {"blob":{"hash":"...","text":"..."}}            or "hex", where it is no text

@@ -36,10 +36,10 @@ use crate::records::{CompactReport, Finding, TransferReport};
 
 /// Version of everything below a store's directory. A store of an older version is migrated when it is opened, one of a
 /// newer version is refused.
-pub const SCHEMA_VERSION: u32 = 4;
+pub const SCHEMA_VERSION: u32 = 5;
 /// The oldest schema whose records this one reads as they are: later ones only added cases behind others, which older
 /// programs cannot read. 3 added sampling with penalty, bias and stop tokens, and completions with several versions; 4 completions
-/// that were left while they were drawn, and kept tokens.
+/// that were left while they were drawn, and kept tokens; 5 which of several models drew a completion.
 pub(crate) const SCHEMA_READABLE: u32 = 2;
 
 /// A [`RolloutStore`](crate::RolloutStore) in a directory of its own, which one process opens at a time.

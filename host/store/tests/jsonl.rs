@@ -183,7 +183,7 @@ fn every_line_that_is_wrong_is_named_and_leaves_the_directory_as_it_was() {
         (
             replaced(0, "\"version\":1", "\"version\":9"),
             1,
-            "version 9 of schema 4; this reads `fulgurite-store` version 1",
+            "version 9 of schema 5; this reads `fulgurite-store` version 1",
         ),
         (lines[..span].to_vec(), span + 1, "the file ends before its `end` line"),
         (replaced(end, "lines\":", "lines\":1"), end + 1, "lines have come before it"),

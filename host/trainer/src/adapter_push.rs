@@ -48,7 +48,12 @@ pub(crate) fn check(policy: &PolicySection) -> Result<(), (String, String)> {
             fail("local", "missing; `policy.endpoint.adapter_push` is of an adapter that is trained here")
         }
         (Some(local), Some(endpoint), Some(_)) => {
-            if local.lora.is_none() {
+            if !local.roles.is_empty() {
+                fail(
+                    "local.roles",
+                    "the server draws with the policy's own adapter alone; remove the roles, or [policy.endpoint]",
+                )
+            } else if local.lora.is_none() {
                 fail("local.lora", "missing; a server takes new adapters, and not all weights of a model")
             } else if local.model.directory.is_none() {
                 fail("local.model.directory", "missing; name the folder of the model that the server has")

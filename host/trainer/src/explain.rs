@@ -120,6 +120,8 @@ pub struct ExplainedCall {
     pub call_index: u64,
     /// Which agent asked.
     pub agent_role: String,
+    /// The model that drew it; `policy`, or its name in the config.
+    pub model: String,
     /// Tokens of its prompt.
     pub prompt_tokens: usize,
     /// Tokens that the policy drew and that may be trained on.

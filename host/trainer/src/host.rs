@@ -6,6 +6,7 @@ mod mismatch;
 mod monitor;
 mod noted;
 mod rollouts;
+mod views;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,7 +23,7 @@ use fulgurite_core::seed::Seed;
 use fulgurite_core::training::{
     ForwardBackwardReport, LossSpec, OptimiserReport, OptimiserStep, RowDerivatives, Stream, TrainingRow,
 };
-use fulgurite_policy::{PolicyEngine, PolicyError};
+use fulgurite_policy::PolicyEngine;
 use fulgurite_runner::Runner;
 use tokio::sync::watch;
 
@@ -38,6 +39,7 @@ pub(crate) use batch::CarriedBatch;
 use batch::{Carried, OpenBatch};
 use monitor::Monitor;
 pub(crate) use noted::dimension_of;
+use views::{engine_error, role_of, runner_error, sampled, spread, transition_view, versions};
 
 /// Notes of one step. 64: a note is for people.
 const NOTES_MAX: usize = 64;
@@ -99,8 +101,8 @@ pub(crate) struct StageState {
     pub(crate) notes: Vec<String>,
     monitor: Monitor,
     trail: TrailKeeper,
-    /// The weights that the step began with.
-    begun_with: PolicyVersion,
+    /// The weights that the step began with, by the name of the model; those of the policy have none.
+    begun_with: BTreeMap<Option<String>, PolicyVersion>,
     /// Rollouts enqueued by the step so far: the index in the next id.
     enqueued: u64,
     /// Demonstrations imported by the step so far.
@@ -127,7 +129,7 @@ impl StageState {
             notes: vec![],
             monitor: Monitor::default(),
             trail: TrailKeeper::new(&config.explain),
-            begun_with: PolicyVersion::default(),
+            begun_with: BTreeMap::new(),
             enqueued: 0,
             imported: 0,
             batches: 0,
@@ -149,7 +151,7 @@ impl StageState {
 
 /// A model that can be trained.
 enum Trained {
-    /// The policy, or one of its adapters.
+    /// The policy, or one beside it.
     Policy(PolicyEngine),
     /// The engine's critic.
     Critic,
@@ -170,7 +172,7 @@ impl StageHost {
         mut state: StageState,
         carried: Vec<CarriedBatch>,
     ) -> Self {
-        state.begun_with = engine.version();
+        state.begun_with = versions(&engine);
         let (state, batches) = (Mutex::new(state), tokio::sync::Mutex::default());
         let carried = tokio::sync::Mutex::new(carried.into_iter().map(Carried::Recorded).collect());
         Self {
@@ -229,7 +231,7 @@ impl StageHost {
         state.estimates.clear();
         let mut scalars = std::mem::take(&mut state.scalars);
         std::mem::take(&mut state.monitor).write(self.dimension(), &mut scalars);
-        state.begun_with = self.engine.version();
+        state.begun_with = versions(&self.engine);
         EndedStep {
             scalars,
             notes: std::mem::take(&mut state.notes),
@@ -251,7 +253,7 @@ impl StageHost {
                 Err(AlgorithmHostError::InvalidArgument(format!("snapshot `{name}` is frozen; train `policy`")))
             }
             ModelReference::Named(name) if name == CRITIC => Ok(Trained::Critic),
-            ModelReference::Named(name) => self.engine.adapter(name).map(Trained::Policy).map_err(engine_error),
+            ModelReference::Named(name) => self.engine.named(name).map(Trained::Policy).map_err(engine_error),
         }
     }
 
@@ -266,7 +268,10 @@ impl StageHost {
     /// Makes training rows of a batch for a loss of this model.
     fn rows(&self, model: &ModelReference, batch: &[BatchEntry]) -> Result<Vec<TrainingRow>, AlgorithmHostError> {
         let state = self.state();
-        batch.iter().try_for_each(|entry| state.check_trained_on(&entry.transition))?;
+        for entry in batch {
+            state.check_trained_on(&entry.transition)?;
+            state.transitions.check_model(model, &entry.transition)?;
+        }
         state.transitions.rows(model, batch, self.engine.context_tokens_max())
     }
 
@@ -277,68 +282,25 @@ impl StageHost {
         state.transitions.row_of(id, self.engine.context_tokens_max())
     }
 
+    /// Checks that transitions are those of a model that is to be trained on them. A critic says what all of them are worth.
+    fn check_model(
+        &self,
+        model: &ModelReference,
+        trained: &Trained,
+        id: &TransitionId,
+    ) -> Result<(), AlgorithmHostError> {
+        match trained {
+            Trained::Policy(_) => self.state().transitions.check_model(model, id),
+            Trained::Critic => Ok(()),
+        }
+    }
+
     /// The same for several, with the masks of their rows, which go with what is found.
     fn rows_of(&self, ids: &[TransitionId]) -> Result<(Vec<TrainingRow>, Vec<Vec<bool>>), AlgorithmHostError> {
         let rows = ids.iter().map(|id| Ok(self.row_of(id)?.0)).collect::<Result<Vec<_>, AlgorithmHostError>>()?;
         let masks = rows.iter().map(|row| row.mask.clone()).collect();
         Ok((rows, masks))
     }
-}
-
-fn transition_view(transition: &Transition) -> TransitionView {
-    let count = |tokens: usize| u32::try_from(tokens).unwrap_or(u32::MAX);
-    TransitionView {
-        id: transition.id.clone(),
-        call_index: transition.call_index,
-        event: transition.event,
-        agent_role: transition.agent_role.clone(),
-        prompt_tokens: count(transition.prompt_tokens()),
-        completion_tokens: count(transition.sampled_tokens()),
-        trainable: transition.is_trainable(),
-        log_prob_sum: transition.log_prob_sum(),
-        policy_version: transition.policy_version(),
-        prompt_hash: transition.prompt_hash(),
-        observation_hash: transition.observation_hash(),
-        rewards: transition.rewards.clone(),
-        text: transition.text.clone(),
-    }
-}
-
-#[expect(clippy::needless_pass_by_value, reason = "used as a function of map_err")]
-fn engine_error(error: PolicyError) -> AlgorithmHostError {
-    let text = error.to_string();
-    match error {
-        PolicyError::Unsupported(_) => AlgorithmHostError::Unsupported(text),
-        // What would allow it is in the text.
-        PolicyError::NoCritic | PolicyError::UnknownAdapter(_) => AlgorithmHostError::Denied(text),
-        PolicyError::InvalidBatch(_)
-        | PolicyError::DemonstrationTooLong { .. }
-        | PolicyError::UnknownSnapshot(_)
-        | PolicyError::NoGradient => AlgorithmHostError::InvalidArgument(text),
-        _ => AlgorithmHostError::Failed(text),
-    }
-}
-
-/// The values at the places that a mask marks.
-fn sampled(values: &[f32], mask: &[bool]) -> Vec<f32> {
-    values.iter().zip(mask).filter(|(_, sampled)| **sampled).map(|(value, _)| *value).collect()
-}
-
-/// One number per sampled token as one per id. An empty list stays one.
-fn spread(id: &TransitionId, given: Vec<f32>, mask: &[bool], sampled: usize) -> Result<Vec<f32>, AlgorithmHostError> {
-    if given.is_empty() {
-        return Ok(given);
-    }
-    if given.len() != sampled {
-        let problem = format!("`{id}` has {sampled} sampled tokens and {} derivatives", given.len());
-        return Err(AlgorithmHostError::InvalidArgument(problem));
-    }
-    let mut given = given.into_iter();
-    Ok(mask.iter().map(|sampled| if *sampled { given.next().unwrap_or_default() } else { 0.0 }).collect())
-}
-
-fn runner_error(error: impl std::fmt::Display) -> AlgorithmHostError {
-    AlgorithmHostError::Failed(error.to_string())
 }
 
 impl AlgorithmHost for StageHost {
@@ -403,6 +365,8 @@ impl AlgorithmHost for StageHost {
         Box::pin(async move {
             self.check_stop()?;
             let engine = self.language_model(&model, "anchor")?;
+            let trained = Trained::Policy(engine.clone());
+            transitions.iter().try_for_each(|id| self.check_model(&model, &trained, id))?;
             let (rows, masks) = self.rows_of(&transitions)?;
             let results = engine.forward(rows, None).await.map_err(engine_error)?;
             let mut state = self.state();
@@ -430,7 +394,7 @@ impl AlgorithmHost for StageHost {
             state.trail.keep(used, &report);
             state.totals.tokens += report.total_tokens;
             if drawn {
-                state.monitor.updated(&report);
+                state.monitor.updated(&model, &report);
             }
             Ok(report)
         })
@@ -472,11 +436,16 @@ impl AlgorithmHost for StageHost {
             self.check_stop()?;
             let trained = self.trained(&model)?;
             let is_critic = matches!(trained, Trained::Critic);
-            let used = self.state().trail.of_gradients(&model, self.engine.version(), &gradients);
+            let version = match &trained {
+                Trained::Policy(engine) => engine.version(),
+                Trained::Critic => self.engine.version(),
+            };
+            let used = self.state().trail.of_gradients(&model, version, &gradients);
             let (mut rows, mut derivatives, mut d_values) = (vec![], vec![], vec![]);
             for gradient in gradients {
                 let (row, sampled) = self.row_of(&gradient.transition)?;
                 let id = &gradient.transition;
+                self.check_model(&model, &trained, id)?;
                 let of_tokens = !gradient.d_log_probs.is_empty() || !gradient.d_entropies.is_empty();
                 if (is_critic && of_tokens) || !(is_critic || gradient.d_values.is_empty()) {
                     let has = if is_critic { "values only" } else { "log-probs and entropies only" };
@@ -510,7 +479,7 @@ impl AlgorithmHost for StageHost {
             .map_err(engine_error)?;
             let mut state = self.state();
             state.trail.stepped(&model, &step, &report);
-            state.monitor.stepped(&report);
+            state.monitor.stepped(&model, &report);
             Ok(report)
         })
     }
@@ -524,13 +493,18 @@ impl AlgorithmHost for StageHost {
                 format!("snapshot-{}", state.snapshots)
             };
             engine.snapshot(&name).await.map_err(engine_error)?;
-            // An adapter's snapshots are told apart by its name.
-            Ok(if let ModelReference::Named(adapter) = model { format!("{adapter}/{name}") } else { name })
+            // Snapshots of models beside the policy are told apart by their names.
+            Ok(if let ModelReference::Named(model) = model { format!("{model}/{name}") } else { name })
         })
     }
 
     fn freeze_reference(&self) -> Verb<'_, ()> {
-        Box::pin(async move { self.engine.snapshot(REFERENCE).await.map_err(engine_error) })
+        Box::pin(async move {
+            for model in self.engine.all() {
+                model.snapshot(REFERENCE).await.map_err(engine_error)?;
+            }
+            Ok(())
+        })
     }
 
     fn sample(&self, _model: ModelReference, _messages: Vec<Message>, _sampling: Sampling) -> Verb<'_, TransitionView> {
@@ -574,13 +548,6 @@ impl AlgorithmHost for StageHost {
         };
         Box::pin(std::future::ready(result))
     }
-}
-
-fn role_of(name: &str) -> Result<Role, AlgorithmHostError> {
-    [Role::System, Role::User, Role::Assistant, Role::Tool]
-        .into_iter()
-        .find(|role| role.as_str() == name)
-        .ok_or_else(|| AlgorithmHostError::InvalidArgument(format!("there is no role `{name}`")))
 }
 
 impl std::fmt::Debug for StageHost {

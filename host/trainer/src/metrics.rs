@@ -27,6 +27,9 @@
 //! | `host/ratio_max` | the largest |
 //! | `host/effective_sample_size` | `(Σ w)² / (N Σ w²)` with w = π_θ/μ, 0 to 1; the smallest of the step's updates |
 //!
+//! Numbers of updates and optimiser steps are over all models that are trained. Those of a model beside the policy stand by
+//! themselves as well, as `host/MODEL/entropy`, `host/MODEL/ratio_max` and so on.
+//!
 //! The first update of a step runs on the weights that drew its tokens, so on the device `cpu`, whose sampler and trainer have
 //! the same kernels, a step with one update has mismatch 0, ratio 1 and size 1; further updates and rollouts of older weights
 //! move them. Definitions: [`fulgurite_core::training::ForwardBackwardReport`].
@@ -113,10 +116,17 @@ fn check_letters(name: &str) -> Result<(), String> {
 pub fn check_watched(name: &str) -> Result<(), String> {
     check_letters(name)?;
     let Some(own) = name.strip_prefix(HOST_PREFIX) else { return Ok(()) };
-    if HOST_NAMES.contains(&own) || own.starts_with("reward/") {
+    let of_model = own.split_once('/').map(|(_, of_model)| of_model);
+    if HOST_NAMES.contains(&own)
+        || own.starts_with("reward/")
+        || of_model.is_some_and(|name| HOST_NAMES.contains(&name))
+    {
         return Ok(());
     }
-    Err(format!("the host writes no metric `{name}`; it writes reward/DIMENSION, {}", HOST_NAMES.join(", ")))
+    let names = HOST_NAMES.join(", ");
+    Err(format!(
+        "the host writes no metric `{name}`; it writes reward/DIMENSION, MODEL/NAME of a model beside the policy, {names}"
+    ))
 }
 
 /// Writes metrics.

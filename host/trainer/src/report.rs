@@ -1,5 +1,7 @@
 //! What a run reports at its end.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::alarm::RaisedAlarm;
@@ -35,6 +37,9 @@ pub struct StageReport {
     pub failed: u64,
     /// Content hash of the weights at its end; `None` where nothing is trained.
     pub weights: Option<String>,
+    /// The same of the models beside the policy, by name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub model_weights: BTreeMap<String, String>,
     /// Alarms that were raised in it, the first 64.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub alarms: Vec<RaisedAlarm>,

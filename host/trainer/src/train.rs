@@ -182,7 +182,11 @@ impl Training {
         let sampling = &self.setup.config.rollout.sampling;
         let found = evaluator.evaluate(name, sampling, &self.setup.model.backend().await?, version).await?;
         let weights = engine.map(|engine| engine.weights_hash().to_string());
-        Ok(report(kind, name, algorithm, steps, self.state.totals, found, weights))
+        let beside = engine.into_iter().flat_map(PolicyEngine::all);
+        let model_weights =
+            beside.filter_map(|model| Some((model.name()?.to_owned(), model.weights_hash().to_string())));
+        let report = report(kind, name, algorithm, steps, self.state.totals, found, weights);
+        Ok(StageReport { model_weights: model_weights.collect(), ..report })
     }
 
     /// Runs one algorithm until it says that it is done.
@@ -428,6 +432,7 @@ fn report(
         sampled_tokens: totals.sampled_tokens,
         failed: totals.failed,
         weights,
+        model_weights: BTreeMap::new(),
         alarms: vec![],
         evaluation,
     }

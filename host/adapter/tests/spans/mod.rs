@@ -67,6 +67,7 @@ impl Attempt {
             policy_version: PolicyVersion(1),
             token_versions: vec![],
             kept: KeptTokens::default(),
+            model: None,
         };
         let completion_tokens = u32::try_from(answer.drawn.len()).unwrap();
         let completion = Completion {

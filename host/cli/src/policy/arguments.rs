@@ -216,7 +216,7 @@ Example:
 pub(crate) struct ExportArguments {
     /// The run, or the checkpoint.
     pub(crate) directory: PathBuf,
-    /// A further adapter by its name in the config. Default: the policy's own.
+    /// A further adapter, or a further whole model, by its name in the config. Default: the policy's own.
     #[arg(long, value_name = "NAME")]
     pub(crate) adapter: Option<String>,
     #[command(flatten)]
@@ -230,12 +230,16 @@ and rounded to the type of the file, which is the base's unless --dtype says oth
 smaller than its last digit; take --dtype f32 to keep it.
 
 Example:
-  fulgurite policy merge models/Qwen3-0.6B runs/rooms-seed0 --to models/rooms")]
+  fulgurite policy merge models/Qwen3-0.6B runs/rooms-seed0 --to models/rooms
+  fulgurite policy merge models/Qwen3-0.6B runs/rooms-seed0 --name writing --to models/writing")]
 pub(crate) struct MergeArguments {
     /// Folder of the model that the adapter was trained over.
     pub(crate) base: PathBuf,
     /// Folder of the adapter, as PEFT writes it; or a run with [policy.local.lora], or a checkpoint of one.
     pub(crate) adapter: PathBuf,
+    /// Of a run or a checkpoint, a further adapter by its name in the config. Default: the policy's own.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<String>,
     #[command(flatten)]
     pub(crate) write: WriteArguments,
 }

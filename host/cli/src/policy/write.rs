@@ -6,7 +6,8 @@ use anyhow::{Context, anyhow};
 use fulgurite_core::seed::Seed;
 use fulgurite_policy::{
     ExportOptions, Exported, PolicyConfig, PolicyError, PolicyTokenizer, Preset, TokenizerConfig, Written,
-    export_adapter, export_checkpoint, holds_adapter, import_folder, merge_adapter, new_folder,
+    adapter_folder, export_adapter, export_checkpoint, holds_adapter, import_folder, merge_adapter, named_model,
+    new_folder,
 };
 use fulgurite_trainer::{trained_base, trained_weights};
 use indicatif::{HumanBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -32,8 +33,11 @@ pub(crate) fn export(arguments: &ExportArguments) -> Result<(), Failure> {
         return Err(Failure::usage(problem));
     }
     let (name, to) = (arguments.adapter.as_deref(), &arguments.write.to);
+    let whole = name.and_then(|name| named_model(&checkpoint, name));
+    let is_whole = whole.is_some();
+    let checkpoint = whole.unwrap_or(checkpoint);
     eprintln!("exporting {}", checkpoint.display());
-    if name.is_none() && !holds_adapter(&checkpoint) {
+    if (name.is_none() || is_whole) && !holds_adapter(&checkpoint) {
         return made(&arguments.write, |options, written| export_checkpoint(&checkpoint, to, options, written));
     }
     let base = trained_base(&checkpoint).map(|path| path.display().to_string());
@@ -41,7 +45,11 @@ pub(crate) fn export(arguments: &ExportArguments) -> Result<(), Failure> {
 }
 
 pub(crate) fn merge(arguments: &MergeArguments) -> Result<(), Failure> {
-    let adapter = trained_weights(&arguments.adapter)?;
+    let checkpoint = trained_weights(&arguments.adapter)?;
+    let adapter = match &arguments.name {
+        Some(name) => adapter_folder(&checkpoint, Some(name)).map_err(failure)?,
+        None => checkpoint,
+    };
     made(&arguments.write, |options, written| {
         merge_adapter(&arguments.base, &adapter, &arguments.write.to, options, written)
     })

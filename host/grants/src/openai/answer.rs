@@ -167,6 +167,7 @@ fn tokens(answer: &Answer, choice: &Choice, usage: Usage) -> Option<TokenData> {
         policy_version: PolicyVersion(0),
         token_versions: vec![],
         kept: KeptTokens::default(),
+        model: None,
     })
 }
 

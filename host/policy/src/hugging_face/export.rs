@@ -245,6 +245,13 @@ pub fn new_folder(
     })
 }
 
+/// The folder of a whole model beside the policy, inside of a checkpoint; `None` where it has none of that name.
+#[must_use]
+pub fn named_model(checkpoint: &Path, name: &str) -> Option<PathBuf> {
+    let path = checkpoint.join(checkpoint::MODELS).join(name);
+    (crate::lora::name_problem(name).is_none() && path.is_dir()).then_some(path)
+}
+
 /// Writes a folder's model with an adapter of PEFT's merged into it: a plain model that needs the adapter no more.
 ///
 /// # Errors
@@ -277,6 +284,24 @@ pub fn holds_adapter(checkpoint: &Path) -> bool {
     checkpoint.join(peft::CONFIG).is_file()
 }
 
+/// The folder of an adapter inside of a checkpoint: the policy's own, or a further one by its name.
+///
+/// # Errors
+/// When the checkpoint has no such adapter.
+pub fn adapter_folder(checkpoint: &Path, name: Option<&str>) -> Result<PathBuf, PolicyError> {
+    let from = name.map_or_else(|| checkpoint.to_owned(), |name| checkpoint.join(checkpoint::ADAPTERS).join(name));
+    if holds_adapter(&from) {
+        return Ok(from);
+    }
+    let reason = match name {
+        Some(name) => {
+            format!("there is no adapter `{name}`: see [policy.local.lora], or `models`, of the run's config")
+        }
+        None => "all weights were trained, so that there is no adapter: see [policy.local.lora]".to_owned(),
+    };
+    Err(PolicyError::model_file(checkpoint, reason))
+}
+
 /// Writes an adapter of a checkpoint as a folder that PEFT loads, and servers too: the policy's own, or a further one by its
 /// name. `base` is what the folder says of the model under it.
 ///
@@ -295,14 +320,7 @@ pub fn export_adapter(
             "an adapter in another type than float32: its values are small, and its base says what is computed in";
         return Err(PolicyError::Unsupported(reason.to_owned()));
     }
-    let from = name.map_or_else(|| checkpoint.to_owned(), |name| checkpoint.join(checkpoint::ADAPTERS).join(name));
-    if !holds_adapter(&from) {
-        let reason = match name {
-            Some(name) => format!("there is no adapter `{name}`: see [policy.local.lora] of the run's config"),
-            None => "all weights were trained, so that there is no adapter: see [policy.local.lora]".to_owned(),
-        };
-        return Err(PolicyError::model_file(checkpoint, reason));
-    }
+    let from = adapter_folder(checkpoint, name)?;
     let layout = peft::read_layout(&from)?;
     let path = from.join(peft::MODEL);
     let bytes = std::fs::read(&path).map_err(PolicyError::io(&path))?;

@@ -25,7 +25,7 @@ pub struct PlanOptions {
 pub struct MemoryPlan {
     /// The model's weights.
     pub weights_bytes: u64,
-    /// The weights once more, in the order in which the sampling kernels read them.
+    /// The weights once more, in the order in which the sampling kernels read them; of each whole model.
     pub packed_bytes: u64,
     /// Keys and values of one token in all layers.
     pub kv_cache_token_bytes: u64,
@@ -35,9 +35,9 @@ pub struct MemoryPlan {
     pub kv_cache_bytes: u64,
     /// `kv_cache_bytes_max` of the config.
     pub kv_cache_bytes_max: u64,
-    /// Weights that are trained: all of them, or those of adapters; with a critic those of its own.
+    /// Weights that are trained: all of them, of each model, or those of adapters; with a critic those of its own.
     pub trained_parameters: u64,
-    /// The weights that are trained, where they are beside those of the model: adapters, a critic.
+    /// The weights that are trained, where they are beside those of the model: adapters, further whole models, a critic.
     pub trained_bytes: u64,
     /// The weights in the orders in which training's kernels read them, for as long as a batch takes.
     pub training_packed_bytes: u64,
@@ -143,9 +143,11 @@ impl MemoryPlan {
             let one = AdapterLayout::new(lora).specs(shape).iter().map(|spec| spec.len() as u64).sum::<u64>();
             product(&[one, 1 + lora.adapters.len() as u64])
         });
+        // Whole models beside the policy are trained, packed and kept as it is.
+        let models = 1 + policy.models.len() as u64;
         let critic = if policy.critic.is_some() { sum(&[trunk, embedding, widths.d, 1]) } else { 0 };
-        let beside = sum(&[adapter.unwrap_or(0), critic]);
-        let trained_parameters = sum(&[adapter.unwrap_or(parameters), critic]);
+        let beside = sum(&[adapter.unwrap_or(0), product(&[models - 1, parameters]), critic]);
+        let trained_parameters = sum(&[adapter.unwrap_or(product(&[models, parameters])), critic]);
         // A frozen base is packed once for sampling and training; what is trained is packed again for every batch. Adapters
         // are small, so that their packed forms are counted as one more.
         let training_packed = match adapter {
@@ -156,7 +158,7 @@ impl MemoryPlan {
         let workers = threads.min(shards);
         let micro_batch_tokens = policy.micro_batch_tokens_max as u64;
 
-        let packed_bytes = bytes(packed);
+        let packed_bytes = bytes(product(&[models, packed]));
         let trained_bytes = bytes(beside);
         let training_packed_bytes = bytes(training_packed);
         // The policy's and a critic's gradients are made in turn and kept for the next batch.

@@ -108,6 +108,7 @@ impl LlmSession for Session {
                 policy_version: PolicyVersion(0),
                 token_versions: vec![],
                 kept: KeptTokens::default(),
+                model: None,
             }),
             not_trainable: None,
         };

@@ -192,6 +192,7 @@ impl LlmSession for Session {
                     policy_version: PolicyVersion(3),
                     token_versions: vec![],
                     kept: KeptTokens::default(),
+                    model: None,
                 }),
                 not_trainable: None,
                 text,

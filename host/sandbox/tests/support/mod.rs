@@ -94,6 +94,7 @@ pub fn completion(call_index: u64, text: &str) -> Completion {
             policy_version: PolicyVersion(4),
             token_versions: vec![],
             kept: KeptTokens::default(),
+            model: None,
         }),
         not_trainable: None,
     }

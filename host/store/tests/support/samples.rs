@@ -129,6 +129,7 @@ pub(crate) fn body(number: u64, bytes: usize) -> SpanBody {
                 policy_version: PolicyVersion(9),
                 token_versions: vec![],
                 kept: KeptTokens::default(),
+                model: None,
             }),
             not_trainable: Some(fulgurite_core::llm::NotTrainable::TruncatedSampling),
         }))),

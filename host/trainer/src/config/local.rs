@@ -1,5 +1,6 @@
 //! `[policy.local]`: the model that a run trains, and where it comes from.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use fulgurite_policy::{CriticConfig, LoraConfig, PolicyConfig, holds_adapter};
@@ -22,6 +23,14 @@ pub struct LocalPolicyConfig {
     /// Train low-rank adapters over frozen weights. None: all weights are trained.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lora: Option<LoraConfig>,
+    /// Names of further whole models beside the policy, each of its own weights: copies of what the policy starts from, with
+    /// optimiser and generating threads of their own. Without adapters only; with them `lora.adapters` names further ones.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub models: Vec<String>,
+    /// Which further model, of `lora.adapters` or `models`, answers the calls of an agent role. Roles that are not named here ask
+    /// the policy. A call trains the model that answered it.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub roles: BTreeMap<String, String>,
     /// Offer algorithms a value model, `critic`. None: a plugin that asks for it is refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub critic: Option<CriticConfig>,
@@ -31,7 +40,13 @@ impl LocalPolicyConfig {
     /// What the policy engine is told.
     #[must_use]
     pub fn engine(&self) -> PolicyConfig {
-        PolicyConfig { lora: self.lora.clone(), critic: self.critic.clone(), ..self.model.clone() }
+        PolicyConfig {
+            lora: self.lora.clone(),
+            models: self.models.clone(),
+            roles: self.roles.clone(),
+            critic: self.critic.clone(),
+            ..self.model.clone()
+        }
     }
 
     /// The folders that it names.
@@ -53,6 +68,7 @@ impl LocalPolicyConfig {
     /// What does not go together, as field and problem.
     pub(super) fn check(&self) -> Result<(), (String, String)> {
         let fail = |field: &str, problem: &str| Err((format!("policy.local.{field}"), problem.to_owned()));
+        self.engine().check_models().map_err(|(field, problem)| (format!("policy.local.{field}"), problem))?;
         if self.model.directory.is_none() {
             return match self.tokenizer {
                 Some(_) => Ok(()),

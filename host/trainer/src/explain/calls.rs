@@ -52,6 +52,7 @@ fn call(transition: &Transition) -> ExplainedCall {
     ExplainedCall {
         call_index: transition.call_index,
         agent_role: transition.agent_role.clone(),
+        model: name(&transition.model()),
         prompt_tokens: transition.prompt_tokens(),
         drawn_tokens: transition.sampled_tokens(),
         cut_tokens: transition.cut_tokens,
@@ -64,6 +65,13 @@ fn call(transition: &Transition) -> ExplainedCall {
     }
 }
 
+fn name(model: &ModelReference) -> String {
+    match model {
+        ModelReference::Policy => "policy".to_owned(),
+        ModelReference::Snapshot(name) | ModelReference::Named(name) => name.clone(),
+    }
+}
+
 fn explained(step: &StepTrail, number: usize, update: &UpdateTrail) -> ExplainedUpdate {
     let applied = step
         .optimiser_steps
@@ -73,10 +81,7 @@ fn explained(step: &StepTrail, number: usize, update: &UpdateTrail) -> Explained
         step: step.step,
         update: number,
         verb: update.verb,
-        model: match &update.model {
-            ModelReference::Policy => "policy".to_owned(),
-            ModelReference::Snapshot(name) | ModelReference::Named(name) => name.clone(),
-        },
+        model: name(&update.model),
         policy_version: update.policy_version,
         loss: update.loss.clone(),
         found: update.found.clone(),

@@ -42,20 +42,19 @@ impl Mismatch {
         }
     }
 
-    /// Adds the metrics. A number that is not finite (a token that the sampler thought impossible) is left out: it would be
+    /// Adds the metrics, under names with this prefix. A number that is not finite (a token that the sampler thought impossible) is left out: it would be
     /// no JSON.
-    pub(crate) fn write(self, scalars: &mut BTreeMap<String, f64>) {
+    pub(crate) fn write(self, prefix: &str, scalars: &mut BTreeMap<String, f64>) {
         let tokens = self.tokens.max(1.0);
         let numbers = [
-            ("host/mismatch_mean", self.difference_sum / tokens),
-            ("host/mismatch_max", self.difference_max),
-            ("host/ratio_mean", self.ratio_sum / tokens),
-            ("host/ratio_max", self.ratio_max),
-            ("host/effective_sample_size", self.effective_sample_size_min),
+            ("mismatch_mean", self.difference_sum / tokens),
+            ("mismatch_max", self.difference_max),
+            ("ratio_mean", self.ratio_sum / tokens),
+            ("ratio_max", self.ratio_max),
+            ("effective_sample_size", self.effective_sample_size_min),
         ];
-        scalars.extend(
-            numbers.into_iter().filter(|(_, value)| value.is_finite()).map(|(name, value)| (name.to_owned(), value)),
-        );
+        let finite = numbers.into_iter().filter(|(_, value)| value.is_finite());
+        scalars.extend(finite.map(|(name, value)| (format!("{prefix}{name}"), value)));
     }
 }
 
@@ -76,7 +75,7 @@ mod tests {
         };
         let (first, second) = (report(300, 0.1, 0.5, 0.9), report(100, 0.3, f64::INFINITY, 0.95));
         let mut scalars = BTreeMap::new();
-        Mismatch::of(&first).and(Mismatch::of(&second)).write(&mut scalars);
+        Mismatch::of(&first).and(Mismatch::of(&second)).write("host/", &mut scalars);
         let told = |name: &str| scalars.get(&format!("host/{name}")).copied();
         assert!(told("mismatch_mean").is_some_and(|mean| (mean - 0.15).abs() < 1e-12), "{scalars:?}");
         assert_eq!((told("ratio_mean"), told("ratio_max")), (Some(1.0), Some(1.5)));

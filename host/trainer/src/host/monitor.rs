@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use fulgurite_core::algorithm::ModelReference;
 use fulgurite_core::id::PolicyVersion;
 use fulgurite_core::reward::Reward;
 use fulgurite_core::training::{ForwardBackwardReport, OptimiserReport, Stream, TrainingRow};
@@ -16,6 +17,15 @@ const DIMENSIONS_MAX: usize = 32;
 #[derive(Debug, Default)]
 pub(super) struct Monitor {
     rollouts: Vec<Given>,
+    /// Of all models together.
+    learning: Learning,
+    /// Of each model beside the policy.
+    named: BTreeMap<String, Learning>,
+}
+
+/// What updates have shown.
+#[derive(Debug, Default)]
+struct Learning {
     updates: Option<Updates>,
     mismatch: Option<Mismatch>,
     gradient_norm_max: Option<f64>,
@@ -75,7 +85,61 @@ impl Monitor {
     }
 
     /// Counts what an update found.
-    pub(super) fn updated(&mut self, report: &ForwardBackwardReport) {
+    pub(super) fn updated(&mut self, model: &ModelReference, report: &ForwardBackwardReport) {
+        self.of(model).for_each(|learning| learning.updated(report));
+    }
+
+    /// Counts how old the weights are that drew what is trained on. `now` is the version of the model that the step began with.
+    pub(super) fn trained(&mut self, model: &ModelReference, rows: &[TrainingRow], now: PolicyVersion) {
+        self.of(model).for_each(|learning| learning.trained(rows, now));
+    }
+
+    pub(super) fn stepped(&mut self, model: &ModelReference, report: &OptimiserReport) {
+        self.of(model).for_each(|learning| learning.stepped(report));
+    }
+
+    /// Where a model's numbers go.
+    fn of(&mut self, model: &ModelReference) -> impl Iterator<Item = &mut Learning> {
+        let named = match model {
+            ModelReference::Named(name) => Some(self.named.entry(name.clone()).or_default()),
+            ModelReference::Policy | ModelReference::Snapshot(_) => None,
+        };
+        std::iter::once(&mut self.learning).chain(named)
+    }
+
+    /// Adds the metrics of a step. Numbers that are not finite are left out: they would be no JSON.
+    pub(super) fn write(self, dimension: &str, scalars: &mut BTreeMap<String, f64>) {
+        self.learning.write("host/", scalars);
+        for (name, learning) in &self.named {
+            learning.write(&format!("host/{name}/"), scalars);
+        }
+        if self.rollouts.is_empty() {
+            return;
+        }
+        let mut numbers: Vec<(String, f64)> = vec![];
+        let mut add = |name: &str, value: f64| numbers.push((format!("host/{name}"), value));
+        let share = |count: usize| count as f64 / self.rollouts.len() as f64;
+        let counted: Vec<&Given> = self.rollouts.iter().filter(|given| given.graded && !given.too_long).collect();
+        add("excluded_share", share(self.rollouts.iter().filter(|given| !given.graded).count()));
+        add("too_long_share", share(self.rollouts.iter().filter(|given| given.graded && given.too_long).count()));
+        add("cut_tokens", self.rollouts.iter().map(|given| given.cut_tokens).sum::<usize>() as f64);
+        let responses = self.rollouts.iter().filter(|given| given.graded);
+        let (count, tokens) = responses.fold((0, 0), |(n, sum), given| (n + 1, sum + given.response_tokens));
+        if count > 0 {
+            add("response_tokens_mean", tokens as f64 / f64::from(count));
+        }
+        if let Some(share) = zero_variance_share(&counted, dimension) {
+            add("zero_variance_share", share);
+        }
+        for (name, mean) in means(&counted) {
+            add(&format!("reward/{name}"), mean);
+        }
+        scalars.extend(numbers.into_iter().filter(|(_, value)| value.is_finite()));
+    }
+}
+
+impl Learning {
+    fn updated(&mut self, report: &ForwardBackwardReport) {
         let tokens = report.trained_tokens as f64;
         let updates = self.updates.get_or_insert_default();
         updates.tokens += tokens;
@@ -87,8 +151,7 @@ impl Monitor {
         self.mismatch = Some(self.mismatch.map_or(found, |before| before.and(found)));
     }
 
-    /// Counts how old the weights are that drew what is trained on.
-    pub(super) fn trained(&mut self, rows: &[TrainingRow], now: PolicyVersion) {
+    fn trained(&mut self, rows: &[TrainingRow], now: PolicyVersion) {
         for row in rows.iter().filter(|row| row.stream == Stream::Rl) {
             let tokens = row.mask.iter().filter(|trained| **trained).count() as u64;
             let age = now.0.saturating_sub(row.policy_version.0);
@@ -99,53 +162,35 @@ impl Monitor {
         }
     }
 
-    pub(super) fn stepped(&mut self, report: &OptimiserReport) {
+    fn stepped(&mut self, report: &OptimiserReport) {
         self.skipped_updates += u64::from(report.skipped);
         let norm = self.gradient_norm_max.unwrap_or(0.0).max(report.gradient_norm);
         self.gradient_norm_max = Some(norm);
     }
 
-    /// Adds the metrics of a step. Numbers that are not finite are left out: they would be no JSON.
-    pub(super) fn write(self, dimension: &str, scalars: &mut BTreeMap<String, f64>) {
+    fn write(&self, prefix: &str, scalars: &mut BTreeMap<String, f64>) {
         if let Some(mismatch) = self.mismatch {
-            mismatch.write(scalars);
+            mismatch.write(prefix, scalars);
         }
-        let mut numbers: Vec<(String, f64)> = vec![];
-        let mut add = |name: &str, value: f64| numbers.push((format!("host/{name}"), value));
+        let mut numbers: Vec<(&str, f64)> = vec![];
         if let Some(updates) = self.updates {
             let tokens = updates.tokens.max(1.0);
-            add("entropy", updates.entropy / tokens);
-            add("clip_fraction", updates.clip_fraction / tokens);
-            add("kl", updates.kl / tokens);
-            add("reference_kl", updates.reference_kl / tokens);
+            numbers.extend([
+                ("entropy", updates.entropy / tokens),
+                ("clip_fraction", updates.clip_fraction / tokens),
+                ("kl", updates.kl / tokens),
+                ("reference_kl", updates.reference_kl / tokens),
+            ]);
         }
         if let Some(norm) = self.gradient_norm_max {
-            add("gradient_norm_max", norm);
-            add("skipped_updates", self.skipped_updates as f64);
+            numbers.extend([("gradient_norm_max", norm), ("skipped_updates", self.skipped_updates as f64)]);
         }
         if let Some(staleness) = self.staleness {
-            add("staleness_mean", staleness.sum as f64 / staleness.tokens.max(1) as f64);
-            add("staleness_max", staleness.max as f64);
+            let mean = staleness.sum as f64 / staleness.tokens.max(1) as f64;
+            numbers.extend([("staleness_mean", mean), ("staleness_max", staleness.max as f64)]);
         }
-        if !self.rollouts.is_empty() {
-            let share = |count: usize| count as f64 / self.rollouts.len() as f64;
-            let counted: Vec<&Given> = self.rollouts.iter().filter(|given| given.graded && !given.too_long).collect();
-            add("excluded_share", share(self.rollouts.iter().filter(|given| !given.graded).count()));
-            add("too_long_share", share(self.rollouts.iter().filter(|given| given.graded && given.too_long).count()));
-            add("cut_tokens", self.rollouts.iter().map(|given| given.cut_tokens).sum::<usize>() as f64);
-            let responses = self.rollouts.iter().filter(|given| given.graded);
-            let (count, tokens) = responses.fold((0, 0), |(n, sum), given| (n + 1, sum + given.response_tokens));
-            if count > 0 {
-                add("response_tokens_mean", tokens as f64 / f64::from(count));
-            }
-            if let Some(share) = zero_variance_share(&counted, dimension) {
-                add("zero_variance_share", share);
-            }
-            for (name, mean) in means(&counted) {
-                add(&format!("reward/{name}"), mean);
-            }
-        }
-        scalars.extend(numbers.into_iter().filter(|(_, value)| value.is_finite()));
+        let finite = numbers.into_iter().filter(|(_, value)| value.is_finite());
+        scalars.extend(finite.map(|(name, value)| (format!("{prefix}{name}"), value)));
     }
 }
 
@@ -235,15 +280,32 @@ mod tests {
     fn updates_are_weighted_by_their_tokens() {
         let report = |trained_tokens, entropy| ForwardBackwardReport { trained_tokens, entropy, ..Default::default() };
         let mut monitor = Monitor::default();
-        monitor.updated(&report(300, 1.0));
-        monitor.updated(&report(100, 2.0));
-        monitor.stepped(&OptimiserReport { gradient_norm: 3.0, ..Default::default() });
-        monitor.stepped(&OptimiserReport { gradient_norm: f64::NAN, skipped: true, ..Default::default() });
+        let policy = ModelReference::Policy;
+        monitor.updated(&policy, &report(300, 1.0));
+        monitor.updated(&policy, &report(100, 2.0));
+        monitor.stepped(&policy, &OptimiserReport { gradient_norm: 3.0, ..Default::default() });
+        monitor.stepped(&policy, &OptimiserReport { gradient_norm: f64::NAN, skipped: true, ..Default::default() });
         let scalars = written(monitor);
         is(&scalars, "entropy", 1.25);
         is(&scalars, "gradient_norm_max", 3.0);
         is(&scalars, "skipped_updates", 1.0);
         assert!(written(Monitor::default()).is_empty());
+    }
+
+    #[test]
+    fn a_named_model_is_told_by_itself_and_with_the_others() {
+        let report = |entropy| ForwardBackwardReport { trained_tokens: 100, entropy, ..Default::default() };
+        let mut monitor = Monitor::default();
+        let writing = ModelReference::Named("writing".to_owned());
+        monitor.updated(&ModelReference::Policy, &report(1.0));
+        monitor.updated(&writing, &report(2.0));
+        monitor.stepped(&writing, &OptimiserReport { gradient_norm: 3.0, ..Default::default() });
+        let scalars = written(monitor);
+        is(&scalars, "entropy", 1.5);
+        is(&scalars, "writing/entropy", 2.0);
+        is(&scalars, "writing/gradient_norm_max", 3.0);
+        is(&scalars, "writing/ratio_mean", 0.0);
+        assert_eq!(scalars.keys().filter(|name| name.starts_with("host/policy")).count(), 0);
     }
 
     #[test]
@@ -268,7 +330,7 @@ mod tests {
             row(2, &[false, true], Stream::Rl),
             row(0, &[true], Stream::Ce),
         ];
-        monitor.trained(&rows, PolicyVersion(5));
+        monitor.trained(&ModelReference::Policy, &rows, PolicyVersion(5));
         let scalars = written(monitor);
         is(&scalars, "staleness_mean", 1.5);
         is(&scalars, "staleness_max", 3.0);

@@ -25,10 +25,8 @@ impl StageHost {
         rows: &[TrainingRow],
     ) -> Option<UpdateTrail> {
         let mut state = self.state();
-        if *model == ModelReference::Policy {
-            let begun_with = state.begun_with;
-            state.monitor.trained(rows, begun_with);
-        }
+        let begun_with = state.begun_with.get(&engine.name().map(str::to_owned)).copied().unwrap_or_default();
+        state.monitor.trained(model, rows, begun_with);
         state.trail.of_batch(model, engine.version(), batch, loss)
     }
 }

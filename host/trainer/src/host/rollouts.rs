@@ -14,9 +14,10 @@ use fulgurite_runner::fork::fork_point;
 use fulgurite_runner::{Job, RolloutResult};
 use futures::FutureExt;
 
+use super::StageHost;
 use super::batch::{Carried, OpenBatch};
 use super::monitor::{Given, totals};
-use super::{StageHost, runner_error, transition_view};
+use super::views::{runner_error, transition_view};
 use crate::config::AlgorithmGrant;
 use crate::trail::GivenAs;
 

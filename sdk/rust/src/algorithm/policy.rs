@@ -10,7 +10,7 @@ use crate::wit::algorithm::fulgurite::algorithm::policy as wit;
 pub use loss::{Aggregation, Correction, CorrectionRule, KlEstimator, Loss, RatioLevel, SequenceScope};
 
 /// A model that verbs name.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Model {
     /// The policy that is being trained.
     #[default]
@@ -22,6 +22,24 @@ pub enum Model {
 }
 
 impl Model {
+    pub(super) fn raise(model: wit_common::Model) -> Self {
+        match model {
+            wit_common::Model::Policy => Self::Policy,
+            wit_common::Model::Snapshot(name) => Self::Snapshot(name),
+            wit_common::Model::Named(name) => Self::Named(name),
+        }
+    }
+
+    /// The snapshot that [`freeze_reference`] has made of it; of a snapshot none.
+    #[must_use]
+    pub fn reference(&self) -> Option<Self> {
+        match self {
+            Self::Policy => Some(Self::Snapshot("reference".to_owned())),
+            Self::Named(name) => Some(Self::Snapshot(format!("{name}/reference"))),
+            Self::Snapshot(_) => None,
+        }
+    }
+
     fn lower(&self) -> wit_common::Model {
         match self {
             Self::Policy => wit_common::Model::Policy,
@@ -146,7 +164,7 @@ impl Numbers {
 /// it π_old is μ, which is exact while they were drawn by the weights that the step started with.
 ///
 /// # Errors
-/// When a transition is unknown.
+/// When a transition is unknown, or another model's.
 pub fn anchor(model: &Model, transitions: &[TransitionId]) -> Result<(), HostError> {
     let ids: Vec<String> = transitions.iter().map(|id| id.0.clone()).collect();
     Ok(wit::anchor(&model.lower(), &ids)?)
@@ -159,7 +177,7 @@ pub fn anchor(model: &Model, transitions: &[TransitionId]) -> Result<(), HostErr
 /// `correction-max`, `masked-share`, `advantage-mean`, `advantage-deviation`.
 ///
 /// # Errors
-/// When a transition is unknown or cannot be trained on, or the loss is wrong.
+/// When a transition is unknown, cannot be trained on or was drawn by another model, or the loss is wrong.
 pub fn forward_backward(model: &Model, batch: &[Entry], loss: &Loss) -> Result<Numbers, HostError> {
     let batch: Vec<_> = batch.iter().map(Entry::lower).collect();
     Ok(Numbers(wit::forward_backward(&model.lower(), &batch, &loss.lower())?))
@@ -211,7 +229,7 @@ pub struct Gradient {
 /// Adds a gradient that the plugin computed.
 ///
 /// # Errors
-/// When a transition is unknown or a list has the wrong length.
+/// When a transition is unknown or another model's, or a list has the wrong length.
 pub fn backward(model: &Model, gradients: &[Gradient]) -> Result<(), HostError> {
     let gradients: Vec<_> = gradients
         .iter()
@@ -264,7 +282,8 @@ pub fn snapshot(model: &Model) -> Result<Model, HostError> {
     Ok(Model::Snapshot(wit::snapshot(&model.lower())?))
 }
 
-/// Makes the current policy the reference of [`Loss::kl`].
+/// Makes every model as it is the reference of its own [`Loss::kl`]: the policy's is the snapshot `reference`, that of a named
+/// model `NAME/reference`.
 ///
 /// # Errors
 /// When the host cannot.

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::HostError;
+use super::policy::Model;
 use super::rollouts::RolloutId;
 use crate::types::Role;
 use crate::wit::algorithm::fulgurite::algorithm::trajectories as wit;
@@ -86,6 +87,13 @@ impl Transition {
     #[must_use]
     pub fn agent_role(&self) -> String {
         self.0.agent_role()
+    }
+
+    /// The model that drew it, which is the only one that it can train: the policy, or the one that the config gives the agent
+    /// role to. The policy for demonstrations, which any model can be trained on.
+    #[must_use]
+    pub fn model(&self) -> Model {
+        Model::raise(self.0.model())
     }
 
     /// Tokens of the prompt.

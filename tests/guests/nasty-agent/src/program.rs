@@ -23,6 +23,8 @@ pub enum Step {
     Chat,
     /// Asks in the name of another agent, with tools, at this temperature; above 1e30 it is no number.
     ChatWith(f32),
+    /// Asks in this role.
+    ChatAs(String),
     /// Asks a model endpoint and waits for the answer.
     Ask(String),
     /// Asks.
@@ -142,6 +144,11 @@ impl Machine {
             Step::Chat => {
                 self.ask();
                 let answer = Llm::new().chat(&self.conversation);
+                self.answered(answer);
+            }
+            Step::ChatAs(role) => {
+                self.ask();
+                let answer = Llm::new().agent_role(role).chat(&self.conversation);
                 self.answered(answer);
             }
             Step::ChatWith(temperature) => {
