@@ -1,8 +1,8 @@
 //! A stage of policy gradient steps: what is the same in all plugins.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
-use fulgurite_sdk::algorithm::policy;
+use fulgurite_sdk::algorithm::policy::{self, Model};
 use fulgurite_sdk::algorithm::rollouts::{self, Group, Item, Split};
 use fulgurite_sdk::algorithm::trajectories::TransitionId;
 use fulgurite_sdk::algorithm::{AlgorithmError, Progress, Sampling, metrics};
@@ -21,17 +21,53 @@ use crate::rollout::{self, Rollout};
 pub struct State {
     /// Steps made.
     pub(crate) steps: u64,
-    /// The last so many optimiser steps were skipped.
-    pub(crate) skipped_in_a_row: u32,
-    /// The weights that the last update made; 0 before the first.
+    /// The last so many optimiser steps of the policy were skipped.
+    skipped_in_a_row: u32,
+    /// The policy's weights that the last update made; 0 before the first.
     #[serde(default)]
-    pub(crate) policy_version: u64,
+    policy_version: u64,
+    /// The same of models beside the policy, by name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    models: BTreeMap<String, ModelState>,
     /// The coefficient that the KL has by now; none before it was steered.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) kl_coefficient: Option<f64>,
     /// How well the items of a curriculum went last.
     #[serde(default, skip_serializing_if = "Latest::is_empty")]
     latest: Latest,
+}
+
+/// What the next step needs to know of a model beside the policy.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ModelState {
+    skipped_in_a_row: u32,
+    policy_version: u64,
+}
+
+impl State {
+    /// The weights of a model that the last update made, or the newest that were seen to draw.
+    pub(crate) fn version(&self, model: &Model) -> u64 {
+        match model {
+            Model::Named(name) => self.models.get(name).map_or(0, |state| state.policy_version),
+            Model::Policy | Model::Snapshot(_) => self.policy_version,
+        }
+    }
+
+    pub(crate) fn version_mut(&mut self, model: &Model) -> &mut u64 {
+        match model {
+            Model::Named(name) => &mut self.models.entry(name.clone()).or_default().policy_version,
+            Model::Policy | Model::Snapshot(_) => &mut self.policy_version,
+        }
+    }
+
+    /// How many of the last optimiser steps of a model were skipped.
+    pub(crate) fn skipped_mut(&mut self, model: &Model) -> &mut u32 {
+        match model {
+            Model::Named(name) => &mut self.models.entry(name.clone()).or_default().skipped_in_a_row,
+            Model::Policy | Model::Snapshot(_) => &mut self.skipped_in_a_row,
+        }
+    }
 }
 
 /// A stage of policy gradient steps.
@@ -187,12 +223,14 @@ impl Learner {
     /// When the host refuses a metric.
     pub fn see(&mut self, mut rollouts: Vec<Rollout>) -> Result<Vec<Rollout>, AlgorithmError> {
         // Before the first update of a stage only the rollouts tell which weights these are.
-        let drawn = rollouts.iter().flat_map(|rollout| &rollout.calls).map(|call| call.policy_version).max();
-        self.state.policy_version = self.state.policy_version.max(drawn.unwrap_or(0));
+        for call in rollouts.iter().flat_map(|rollout| &rollout.calls) {
+            let newest = self.state.version_mut(&call.model);
+            *newest = call.policy_version.max(*newest);
+        }
         for (name, value) in rollout::numbers(&rollouts) {
             metrics::scalar(&name, value)?;
         }
-        if let Some((mean, most)) = rollout::staleness(&rollouts, self.state.policy_version)
+        if let Some((mean, most)) = rollout::staleness(&rollouts, |model| self.state.version(model))
             && (most > 0.0 || self.settings.rollouts.start_share < 1.0)
         {
             metrics::scalar("staleness_mean", mean)?;
@@ -202,7 +240,7 @@ impl Learner {
             curriculum::note(&mut self.state.latest, &rollouts);
         }
         if let Some(most) = self.settings.rollouts.staleness_max {
-            let left_out = leave_stale_out(&mut rollouts, self.state.policy_version, most);
+            let left_out = leave_stale_out(&mut rollouts, |model| self.state.version(model), most);
             metrics::scalar("stale_calls", left_out as f64)?;
         }
         if self.settings.filter == Filter::Keep {
@@ -221,7 +259,10 @@ impl Learner {
     pub fn divergence(&mut self, rollouts: &[Rollout]) -> Result<Divergence, AlgorithmError> {
         let Some(estimator) = self.settings.loss.reward_kl() else { return Ok(Divergence::default()) };
         let scored = rollouts.iter().filter(|rollout| rollout.reward.is_some());
-        let calls: Vec<TransitionId> = scored.flat_map(Rollout::trained).map(|call| call.id.clone()).collect();
+        let mut calls: BTreeMap<Model, Vec<TransitionId>> = BTreeMap::new();
+        for call in scored.flat_map(Rollout::trained) {
+            calls.entry(call.model.clone()).or_default().push(call.id.clone());
+        }
         let found = Divergence::ask(estimator, self.kl_coefficient(), &calls)?;
         if let Some(mean) = found.mean {
             metrics::scalar("reference_kl", mean)?;
@@ -260,10 +301,10 @@ fn drop_flat(mut rollouts: Vec<Rollout>) -> Vec<Rollout> {
 }
 
 /// Leaves calls out of the loss that are too old, and tells how many. Their rollouts stay in the baselines.
-fn leave_stale_out(rollouts: &mut [Rollout], current: u64, most: u64) -> usize {
+fn leave_stale_out(rollouts: &mut [Rollout], current: impl Fn(&Model) -> u64, most: u64) -> usize {
     let mut left_out = 0;
     for call in rollouts.iter_mut().flat_map(|rollout| &mut rollout.calls).filter(|call| call.is_trained) {
-        if current.saturating_sub(call.policy_version) > most {
+        if current(&call.model).saturating_sub(call.policy_version) > most {
             call.is_trained = false;
             left_out += 1;
         }
@@ -295,11 +336,11 @@ mod tests {
     fn old_calls_leave_the_loss_and_not_the_baseline() {
         let mut rollouts = [example(0, Some(1.0), &[1, 2])];
         rollouts[0].calls[0].policy_version = 1;
-        assert_eq!(leave_stale_out(&mut rollouts, 4, 2), 1);
+        assert_eq!(leave_stale_out(&mut rollouts, |_| 4, 2), 1);
         assert_eq!(rollouts[0].trained().count(), 1);
         assert_eq!(rollouts[0].reward, Some(1.0));
-        assert_eq!(leave_stale_out(&mut rollouts, 9, 2), 1);
-        assert_eq!(leave_stale_out(&mut rollouts, 9, 2), 0, "a call is left out once");
+        assert_eq!(leave_stale_out(&mut rollouts, |_| 9, 2), 1);
+        assert_eq!(leave_stale_out(&mut rollouts, |_| 9, 2), 0, "a call is left out once");
     }
 
     #[test]
@@ -308,5 +349,13 @@ mod tests {
         assert_eq!((state.steps, state.policy_version), (3, 0));
         let json = serde_json::to_string(&state).unwrap();
         assert_eq!(json, r#"{"steps":3,"skipped_in_a_row":0,"policy_version":0}"#);
+        let mut state = state;
+        let other = Model::Named("other".to_owned());
+        *state.version_mut(&other) = 4;
+        *state.skipped_mut(&other) = 1;
+        assert_eq!((state.version(&other), state.version(&Model::Policy)), (4, 0));
+        let json = serde_json::to_string(&state).unwrap();
+        assert!(json.ends_with(r#""models":{"other":{"skipped_in_a_row":1,"policy_version":4}}}"#), "{json}");
+        assert_eq!(serde_json::from_str::<State>(&json).unwrap(), state);
     }
 }

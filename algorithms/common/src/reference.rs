@@ -1,4 +1,4 @@
-//! The KL to the policy that the stage started from, token by token, for algorithms that take it off the reward.
+//! The KL to the models that the stage started from, token by token, for algorithms that take it off the reward.
 
 use std::collections::BTreeMap;
 
@@ -11,9 +11,6 @@ use fulgurite_sdk::algorithm::trajectories::TransitionId;
 
 use crate::rollout::Rollout;
 
-/// Name of the snapshot that `freeze-reference` makes.
-const REFERENCE: &str = "reference";
-
 /// What the KL costs each token that the policy drew, in units of the reward; nothing where no KL is taken off the reward.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Divergence {
@@ -23,16 +20,22 @@ pub struct Divergence {
 }
 
 impl Divergence {
-    /// Asks policy and reference for the log-probs of these calls.
-    pub(crate) fn ask(estimator: Estimator, coefficient: f64, calls: &[TransitionId]) -> Result<Self, HostError> {
-        let policy = policy::forward(&Model::Policy, calls)?;
-        let reference = policy::forward(&Model::Snapshot(REFERENCE.to_owned()), calls)?;
+    /// Asks each model and its reference for the log-probs of the calls that it drew.
+    pub(crate) fn ask(
+        estimator: Estimator,
+        coefficient: f64,
+        calls: &BTreeMap<Model, Vec<TransitionId>>,
+    ) -> Result<Self, HostError> {
         let mut found = Self::default();
         let mut estimates = vec![];
-        for (ours, theirs) in policy.into_iter().zip(reference) {
-            let of = |coefficient: f64| penalties(estimator, coefficient, &ours.log_probs, &theirs.log_probs);
-            estimates.extend(of(1.0));
-            found.costs.insert(ours.transition.clone(), of(coefficient));
+        for (model, calls) in calls {
+            let Some(reference) = model.reference() else { continue };
+            let reference = policy::forward(&reference, calls)?;
+            for (ours, theirs) in policy::forward(model, calls)?.into_iter().zip(reference) {
+                let of = |coefficient: f64| penalties(estimator, coefficient, &ours.log_probs, &theirs.log_probs);
+                estimates.extend(of(1.0));
+                found.costs.insert(ours.transition.clone(), of(coefficient));
+            }
         }
         found.mean = if estimates.is_empty() { None } else { Some(mean(&estimates)) };
         Ok(found)

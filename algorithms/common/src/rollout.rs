@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use fulgurite_credit::group::Estimator;
 use fulgurite_credit::statistics::{has_variance, mean};
+use fulgurite_sdk::algorithm::policy::Model;
 use fulgurite_sdk::algorithm::rollouts::{ItemId, RolloutId};
 use fulgurite_sdk::algorithm::trajectories::{Trajectory, Transition, TransitionId};
 
@@ -24,7 +25,9 @@ pub struct Call {
     pub is_trained: bool,
     /// Tokens that the policy drew.
     pub completion_tokens: u32,
-    /// The weights that drew them.
+    /// The model that drew them, which is trained on them.
+    pub model: Model,
+    /// The weights of it that drew them.
     pub policy_version: u64,
     /// What it earned by itself, in the dimension that is optimised.
     pub reward: f64,
@@ -148,7 +151,7 @@ impl Rollout {
 }
 
 impl Call {
-    /// A call that is trained on, of the first weights, which earned nothing by itself.
+    /// A call that is trained on, of the first weights of the policy, which earned nothing by itself.
     #[must_use]
     pub fn new(id: impl Into<String>, completion_tokens: u32) -> Self {
         Self {
@@ -156,6 +159,7 @@ impl Call {
             event: 0,
             is_trained: true,
             completion_tokens,
+            model: Model::Policy,
             policy_version: 0,
             reward: 0.0,
             prompt_hash: 0,
@@ -172,6 +176,7 @@ impl Call {
             event: transition.event(),
             is_trained: transition.is_trainable() && trains(&transition.agent_role()),
             completion_tokens: transition.completion_tokens(),
+            model: transition.model(),
             policy_version: transition.policy_version(),
             reward: rewards.map(|reward| reward.value).sum(),
             prompt_hash: transition.prompt_hash(),
@@ -269,12 +274,13 @@ fn metric(prefix: &str, name: &str) -> String {
     prefix.chars().chain(name.chars().map(kept)).take(NAME_CHARS_MAX).collect()
 }
 
-/// How many policy versions lie between drawing and training, over the calls that are trained on: mean and largest. `current`
-/// is the version that is trained. Nothing without such calls.
+/// How many versions lie between drawing and training, over the calls that are trained on: mean and largest. `current` is the
+/// version of a model that is trained. Nothing without such calls.
 #[must_use]
-pub fn staleness(rollouts: &[Rollout], current: u64) -> Option<(f64, f64)> {
+pub fn staleness(rollouts: &[Rollout], current: impl Fn(&Model) -> u64) -> Option<(f64, f64)> {
     let trained = rollouts.iter().filter(|rollout| rollout.reward.is_some()).flat_map(Rollout::trained);
-    let behind: Vec<f64> = trained.map(|call| current.saturating_sub(call.policy_version) as f64).collect();
+    let behind: Vec<f64> =
+        trained.map(|call| current(&call.model).saturating_sub(call.policy_version) as f64).collect();
     let most = behind.iter().copied().reduce(f64::max)?;
     Some((mean(&behind), most))
 }
@@ -381,8 +387,11 @@ mod tests {
         old.calls[1] = Call { is_trained: false, policy_version: 0, ..old.calls[1].clone() };
         let mut fault = example(0, None, &[4]);
         fault.calls[0].policy_version = 0;
-        assert_eq!(staleness(&[old.clone(), fault.clone()], 3), Some((1.0, 2.0)));
-        assert_eq!(staleness(&[example(1, Some(0.0), &[5]), old], 4), Some((5.0 / 3.0, 3.0)));
-        assert_eq!(staleness(&[fault], 4), None);
+        assert_eq!(staleness(&[old.clone(), fault.clone()], |_| 3), Some((1.0, 2.0)));
+        assert_eq!(staleness(&[example(1, Some(0.0), &[5]), old.clone()], |_| 4), Some((5.0 / 3.0, 3.0)));
+        assert_eq!(staleness(&[fault], |_| 4), None);
+        // Each model counts its own versions.
+        old.calls[2].model = Model::Named("other".to_owned());
+        assert_eq!(staleness(&[old], |model| if *model == Model::Policy { 3 } else { 9 }), Some((4.0, 6.0)));
     }
 }

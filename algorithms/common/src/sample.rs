@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use fulgurite_sdk::algorithm::policy::{Entry, Stream};
+use fulgurite_sdk::algorithm::policy::{Entry, Model, Stream};
 use fulgurite_sdk::algorithm::trajectories::TransitionId;
 
 use crate::draw::Draw;
@@ -33,7 +33,9 @@ pub struct Sample {
     pub id: TransitionId,
     /// The group of its rollout: groups stay together.
     pub group: usize,
-    /// The weights that drew it.
+    /// The model that drew it, which is trained on it.
+    pub model: Model,
+    /// The weights of it that drew it.
     pub policy_version: u64,
     /// What its tokens are worth.
     pub credit: Credit,
@@ -74,6 +76,7 @@ pub fn samples(rollouts: &[Rollout], credits: impl IntoIterator<Item = Option<Ve
         samples.extend(credited.map(|(call, credit)| Sample {
             id: call.id.clone(),
             group: rollout.group,
+            model: call.model.clone(),
             policy_version: call.policy_version,
             credit,
         }));
@@ -97,6 +100,16 @@ pub fn per_token(rollout: &Rollout, tokens: &[f64]) -> Vec<Credit> {
 #[must_use]
 pub fn teaches(samples: &[&Sample]) -> bool {
     samples.iter().any(|sample| sample.credit.teaches())
+}
+
+/// The samples of each model, the policy's first. They keep their order.
+#[must_use]
+pub fn by_model<'a>(samples: impl IntoIterator<Item = &'a Sample>) -> BTreeMap<&'a Model, Vec<&'a Sample>> {
+    let mut parts: BTreeMap<&Model, Vec<&Sample>> = BTreeMap::new();
+    for sample in samples {
+        parts.entry(&sample.model).or_default().push(sample);
+    }
+    parts
 }
 
 /// Splits samples into parts of whole groups, as even as can be in groups, in random order. Within a part samples keep their
@@ -184,6 +197,21 @@ mod tests {
         ] {
             assert_eq!(teaches(&with(credit).iter().collect::<Vec<_>>()), expected);
         }
+    }
+
+    #[test]
+    fn each_model_has_the_samples_that_it_drew() {
+        let mut rollouts = [example(0, Some(1.0), &[1, 2, 3]), example(0, Some(0.0), &[4])];
+        let other = Model::Named("other".to_owned());
+        rollouts[0].calls[0].model = other.clone();
+        rollouts[1].calls[0].model = other.clone();
+        let samples = identical(&rollouts, &[Some(1.0), Some(-1.0)]);
+        let parts = by_model(&samples);
+        let found: Vec<(&Model, Vec<&str>)> = parts
+            .iter()
+            .map(|(model, part)| (*model, part.iter().map(|sample| sample.id.0.as_str()).collect()))
+            .collect();
+        assert_eq!(found, [(&Model::Policy, vec!["2", "3"]), (&other, vec!["1", "4"])]);
     }
 
     #[test]

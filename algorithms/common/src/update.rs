@@ -1,5 +1,7 @@
 //! The update loop: mini-batches, optimiser steps, and what they found.
 
+use std::collections::BTreeMap;
+
 use fulgurite_sdk::algorithm::policy::{self, Entry, Model, Numbers, OptimiserStep};
 use fulgurite_sdk::algorithm::trajectories::TransitionId;
 use fulgurite_sdk::algorithm::{AlgorithmError, metrics};
@@ -10,14 +12,15 @@ use crate::sample::{self, Sample};
 /// Optimiser steps in a row that may be skipped because a gradient was not finite. More means that the weights are lost.
 const SKIPPED_STEPS_MAX: u32 = 5;
 
-/// What else an algorithm does with a mini-batch, such as training a critic. The numbers that it returns are recorded, as
+/// What else an algorithm does with a mini-batch, of all models, such as training a critic. The numbers that it returns are recorded, as
 /// means over the mini-batches of the last round.
 pub type Extra<'a> = dyn FnMut(&[&Sample]) -> Result<Vec<(&'static str, f64)>, AlgorithmError> + 'a;
 
 /// What the mini-batches of one round through a step's rollouts found.
 #[derive(Debug, Default)]
 struct Round {
-    batches: Vec<(Numbers, Numbers)>,
+    /// Of updates and optimiser steps, by model.
+    batches: BTreeMap<Model, Vec<(Numbers, Numbers)>>,
     extras: Vec<Vec<(&'static str, f64)>>,
 }
 
@@ -44,13 +47,17 @@ impl Learner {
         let loss = self.settings.loss.loss(self.kl_coefficient(), correction);
         let step = self.settings.optimiser.at(self.state.steps, self.settings.rollouts.steps, None);
         let last = self.rounds(&samples, extra, |learner, batch| {
-            // Without any gradient an optimiser step would still move the weights, by its momentum.
-            if !sample::teaches(batch) && !learner.settings.loss.has_gradient_without_advantage() {
-                return Ok(None);
+            // Each model learns from what it drew, with normalisers and an optimiser of its own.
+            let mut updates = vec![];
+            for (model, part) in sample::by_model(batch.iter().copied()) {
+                // Without any gradient an optimiser step would still move the weights, by its momentum.
+                if sample::teaches(&part) || learner.settings.loss.has_gradient_without_advantage() {
+                    let entries: Vec<Entry> = part.iter().map(|sample| sample.entry()).collect();
+                    let found = policy::forward_backward(model, &entries, &loss)?;
+                    updates.push((model.clone(), (found, learner.optimise(model, &step)?)));
+                }
             }
-            let entries: Vec<Entry> = batch.iter().map(|sample| sample.entry()).collect();
-            let found = policy::forward_backward(&Model::Policy, &entries, &loss)?;
-            Ok(Some((found, learner.optimise(&step)?)))
+            Ok(updates)
         })?;
         self.record(&last, &step, correction.is_some())
     }
@@ -63,24 +70,26 @@ impl Learner {
         if samples.is_empty() {
             return self.nothing_to_train_on();
         }
-        let last = self.rounds(samples, extra, |_, _| Ok(None))?;
+        let last = self.rounds(samples, extra, |_, _| Ok(vec![]))?;
         last.extra_means().into_iter().try_for_each(|(name, value)| scalar(name, Some(value)))
     }
 
     /// Goes through the mini-batches of a step as often as the config says, and returns what the last time found. `train` does
-    /// what the policy's loss asks for, and tells what it and the optimiser's step found, where there was one.
+    /// what the loss asks for, and tells what it and the optimiser's step found of each model that had one.
     fn rounds(
         &mut self,
         samples: &[Sample],
         extra: &mut Extra<'_>,
-        mut train: impl FnMut(&mut Self, &[&Sample]) -> Result<Option<(Numbers, Numbers)>, AlgorithmError>,
+        mut train: impl FnMut(&mut Self, &[&Sample]) -> Result<Vec<(Model, (Numbers, Numbers))>, AlgorithmError>,
     ) -> Result<Round, AlgorithmError> {
         let mut draw = self.draw("mini-batches");
         let mut last = Round::default();
         for _ in 0..self.settings.optimiser.updates_per_step {
             last = Round::default();
             for batch in sample::mini_batches(samples, self.settings.optimiser.mini_batches, &mut draw) {
-                last.batches.extend(train(self, &batch)?);
+                for (model, numbers) in train(self, &batch)? {
+                    last.batches.entry(model).or_default().push(numbers);
+                }
                 last.extras.push(extra(&batch)?);
             }
         }
@@ -99,26 +108,29 @@ impl Learner {
 
     /// Keeps π_old apart from μ where a correction between the two is to be made.
     fn anchor(&self, samples: &[Sample]) -> Result<Option<policy::Correction>, AlgorithmError> {
-        let is_stale = samples.iter().any(|sample| sample.policy_version != self.state.policy_version);
+        let is_stale = samples.iter().any(|sample| sample.policy_version != self.state.version(&sample.model));
         let correction = self.settings.loss.correction(is_stale);
         if correction.is_some() {
-            let ids: Vec<TransitionId> = samples.iter().map(|sample| sample.id.clone()).collect();
-            policy::anchor(&Model::Policy, &ids)?;
+            for (model, part) in sample::by_model(samples) {
+                let ids: Vec<TransitionId> = part.iter().map(|sample| sample.id.clone()).collect();
+                policy::anchor(model, &ids)?;
+            }
         }
         Ok(correction)
     }
 
-    fn optimise(&mut self, step: &OptimiserStep) -> Result<Numbers, AlgorithmError> {
-        let stepped = policy::optimiser_step(&Model::Policy, step)?;
+    fn optimise(&mut self, model: &Model, step: &OptimiserStep) -> Result<Numbers, AlgorithmError> {
+        let stepped = policy::optimiser_step(model, step)?;
         let skipped = stepped.get("skipped").unwrap_or(0.0);
         if let Some(version) = stepped.get("policy-version") {
             #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the host counts versions")]
             let version = version as u64;
-            self.state.policy_version = version;
+            *self.state.version_mut(model) = version;
         }
-        self.state.skipped_in_a_row = if skipped > 0.0 { self.state.skipped_in_a_row + 1 } else { 0 };
-        if self.state.skipped_in_a_row > SKIPPED_STEPS_MAX {
-            let text = format!("the gradient was not finite in {} updates in a row", self.state.skipped_in_a_row);
+        let in_a_row = self.state.skipped_mut(model);
+        *in_a_row = if skipped > 0.0 { *in_a_row + 1 } else { 0 };
+        if *in_a_row > SKIPPED_STEPS_MAX {
+            let text = format!("the gradient was not finite in {in_a_row} updates in a row");
             return Err(AlgorithmError::Other(text));
         }
         Ok(stepped)
@@ -129,12 +141,31 @@ impl Learner {
         for (name, value) in round.extra_means() {
             scalar(name, Some(value))?;
         }
-        if round.batches.is_empty() {
-            return Ok(());
+        for (model, batches) in &round.batches {
+            self.record_model(&prefix(model), batches, step, is_corrected)?;
         }
-        let found = |name: &str| round.over(|(found, _)| found.get(name));
-        let stepped = |name: &str| round.over(|(_, stepped)| stepped.get(name));
-        for (name, value) in [
+        if self.settings.loss.reward_kl().is_none() && self.settings.loss.has_reference() {
+            let all = round.batches.values().flatten();
+            let kl: Vec<f64> = all.filter_map(|(found, _)| found.get("reference-kl")).collect();
+            if let Some(kl) = mean(&kl) {
+                let section = &self.settings.rollouts;
+                self.steer(kl, section.groups_per_step as usize * section.group_size as usize)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Records what the last round found of one model.
+    fn record_model(
+        &self,
+        prefix: &str,
+        batches: &[(Numbers, Numbers)],
+        step: &OptimiserStep,
+        is_corrected: bool,
+    ) -> Result<(), AlgorithmError> {
+        let found = |name: &str| over(batches, |(found, _)| found.get(name));
+        let stepped = |name: &str| over(batches, |(_, stepped)| stepped.get(name));
+        let mut numbers = vec![
             ("loss", mean(&found("loss"))),
             ("entropy", mean(&found("entropy"))),
             ("kl", mean(&found("approximate-kl"))),
@@ -147,33 +178,34 @@ impl Learner {
             ("gradient_norm", mean(&stepped("gradient-norm"))),
             ("skipped", sum(&stepped("skipped"))),
             ("learning_rate", Some(step.learning_rate)),
-        ] {
-            scalar(name, value)?;
-        }
+        ];
         if self.settings.loss.reward_kl().is_none() {
-            let kl = mean(&found("reference-kl"));
-            scalar("reference_kl", kl)?;
-            if let Some(kl) = kl.filter(|_| self.settings.loss.has_reference()) {
-                let section = &self.settings.rollouts;
-                self.steer(kl, section.groups_per_step as usize * section.group_size as usize)?;
-            }
+            numbers.push(("reference_kl", mean(&found("reference-kl"))));
         }
         if is_corrected {
-            scalar("correction_mean", mean(&found("correction-mean")))?;
-            scalar("correction_max", largest(&found("correction-max")))?;
+            numbers.push(("correction_mean", mean(&found("correction-mean"))));
+            numbers.push(("correction_max", largest(&found("correction-max"))));
         }
         if self.settings.loss.masks() {
-            scalar("masked_share", mean(&found("masked-share")))?;
+            numbers.push(("masked_share", mean(&found("masked-share"))));
         }
-        Ok(())
+        numbers.into_iter().try_for_each(|(name, value)| scalar(&format!("{prefix}{name}"), value))
     }
 }
 
-impl Round {
-    fn over(&self, number: impl Fn(&(Numbers, Numbers)) -> Option<f64>) -> Vec<f64> {
-        self.batches.iter().filter_map(number).collect()
+/// What the metrics of a model are called by: those of the policy have their names alone.
+fn prefix(model: &Model) -> String {
+    match model {
+        Model::Named(name) => format!("{name}/"),
+        Model::Policy | Model::Snapshot(_) => String::new(),
     }
+}
 
+fn over(batches: &[(Numbers, Numbers)], number: impl Fn(&(Numbers, Numbers)) -> Option<f64>) -> Vec<f64> {
+    batches.iter().filter_map(number).collect()
+}
+
+impl Round {
     /// The mean of each extra number, by name, over the mini-batches that told it.
     fn extra_means(&self) -> Vec<(&'static str, f64)> {
         let mut names: Vec<&'static str> = vec![];
@@ -215,8 +247,10 @@ mod tests {
 
     #[test]
     fn numbers_of_several_batches_become_one() {
-        let round =
-            Round { batches: vec![], extras: vec![vec![("value_loss", 1.0)], vec![("value_loss", 3.0), ("x", 5.0)]] };
+        let round = Round {
+            batches: BTreeMap::new(),
+            extras: vec![vec![("value_loss", 1.0)], vec![("value_loss", 3.0), ("x", 5.0)]],
+        };
         assert_eq!(round.extra_means(), [("value_loss", 2.0), ("x", 5.0)]);
         assert_eq!((mean(&[]), largest(&[]), sum(&[])), (None, None, None));
         assert_eq!((mean(&[1.0, 3.0]), largest(&[1.0, 3.0]), sum(&[1.0, 3.0])), (Some(2.0), Some(3.0), Some(4.0)));

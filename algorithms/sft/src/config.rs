@@ -1,8 +1,12 @@
 //! The config and its checks.
 
 use fulgurite_sdk::Role;
+use fulgurite_sdk::algorithm::policy::Model;
 use fulgurite_sdk::algorithm::schedule::{Decay, Schedule};
 use serde::{Deserialize, Serialize};
+
+/// What the policy is called in `models`.
+const POLICY: &str = "policy";
 
 /// Config of supervised fine-tuning.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -29,6 +33,8 @@ pub struct Config {
     pub gradient_norm_max: Option<f64>,
     /// Messages of these roles are trained on. Assistant alone.
     pub trainable_roles: Vec<Role>,
+    /// Which models are trained, each on every batch: `policy`, or names of models beside it in the run's config. The policy.
+    pub models: Vec<String>,
 }
 
 impl Default for Config {
@@ -44,6 +50,7 @@ impl Default for Config {
             weight_decay: 0.0,
             gradient_norm_max: Some(1.0),
             trainable_roles: vec![Role::Assistant],
+            models: vec![POLICY.to_owned()],
         }
     }
 }
@@ -58,6 +65,14 @@ impl Config {
             steps: self.steps,
             ratio_min: self.learning_rate_min_ratio,
         }
+    }
+
+    /// The models that are trained, each with what its metrics begin with.
+    pub fn trained(&self) -> impl Iterator<Item = (Model, String)> {
+        self.models.iter().map(|name| match name.as_str() {
+            POLICY => (Model::Policy, String::new()),
+            name => (Model::Named(name.to_owned()), format!("{name}/")),
+        })
     }
 
     /// After how many epochs the stage ends; none: it ends by steps alone.
@@ -87,6 +102,13 @@ impl Config {
         }
         if self.trainable_roles.is_empty() {
             return Err("trainable_roles: name at least one role".to_owned());
+        }
+        if self.models.is_empty() {
+            return Err(format!("models: name at least one, such as `{POLICY}`"));
+        }
+        let is_twice = |(place, name): (usize, &String)| self.models.iter().skip(place + 1).any(|other| other == name);
+        if self.models.iter().enumerate().any(is_twice) {
+            return Err("models: name each of them once".to_owned());
         }
         Ok(())
     }
@@ -126,6 +148,8 @@ mod tests {
             (r#"{"gradient_norm_max":0}"#, "gradient_norm_max"),
             (r#"{"trainable_roles":[]}"#, "trainable_roles"),
             (r#"{"weight_decay":-0.1}"#, "weight_decay"),
+            (r#"{"models":[]}"#, "models"),
+            (r#"{"models":["a","policy","a"]}"#, "models"),
             (r#"{"learning_rate_min_ratio":2}"#, "learning_rate_min_ratio"),
             (r#"{"schedule":"cosine","epochs":2}"#, "schedule"),
         ] {

@@ -61,35 +61,26 @@ impl Algorithm for Sft {
         if batch.is_empty() {
             return Ok(Progress::Done);
         }
-        let found = policy::forward_backward(&Model::Policy, &batch, &Loss::new())?;
         let step = OptimiserStep {
             weight_decay: self.config.weight_decay,
             gradient_norm_max: self.config.gradient_norm_max,
             ..OptimiserStep::new(self.config.learning_rate)
         };
         let step = self.config.schedule().apply(step, self.state.steps);
-        let stepped = policy::optimiser_step(&Model::Policy, &step)?;
-
-        let skipped = stepped.get("skipped").unwrap_or(0.0);
-        self.state.steps += 1;
-        self.state.skipped_in_a_row = if skipped > 0.0 { self.state.skipped_in_a_row + 1 } else { 0 };
-        let numbers = [
-            ("cross_entropy", found.get("cross-entropy")),
-            ("entropy", found.get("entropy")),
-            ("trained_tokens", found.get("trained-tokens")),
-            ("total_tokens", found.get("total-tokens")),
-            ("gradient_norm", stepped.get("gradient-norm")),
-            ("skipped", Some(skipped)),
-            ("learning_rate", Some(step.learning_rate)),
-            ("demonstrations", Some(batch.len() as f64)),
-            ("epoch", Some(epoch as f64)),
-        ];
-        for (name, value) in numbers {
-            // A gradient that is not finite has no finite norm, and metrics take finite numbers only.
-            if let Some(value) = value.filter(|value| value.is_finite()) {
-                metrics::scalar(name, value)?;
-            }
+        let mut skipped = false;
+        for (model, prefix) in self.config.trained() {
+            skipped |= train(&model, &prefix, &batch, &step)?;
         }
+        self.state.steps += 1;
+        self.state.skipped_in_a_row = if skipped { self.state.skipped_in_a_row + 1 } else { 0 };
+        scalars(
+            "",
+            [
+                ("learning_rate", Some(step.learning_rate)),
+                ("demonstrations", Some(batch.len() as f64)),
+                ("epoch", Some(epoch as f64)),
+            ],
+        )?;
         if self.state.skipped_in_a_row > SKIPPED_STEPS_MAX {
             let text = format!("the gradient was not finite in {} steps in a row", self.state.skipped_in_a_row);
             return Err(AlgorithmError::Other(text));
@@ -100,6 +91,35 @@ impl Algorithm for Sft {
     fn save(&self) -> State {
         self.state
     }
+}
+
+/// Trains a model on a batch, and says whether its step was skipped.
+fn train(model: &Model, prefix: &str, batch: &[Entry], step: &OptimiserStep) -> Result<bool, AlgorithmError> {
+    let found = policy::forward_backward(model, batch, &Loss::new())?;
+    let stepped = policy::optimiser_step(model, step)?;
+    let skipped = stepped.get("skipped").unwrap_or(0.0);
+    scalars(
+        prefix,
+        [
+            ("cross_entropy", found.get("cross-entropy")),
+            ("entropy", found.get("entropy")),
+            ("trained_tokens", found.get("trained-tokens")),
+            ("total_tokens", found.get("total-tokens")),
+            ("gradient_norm", stepped.get("gradient-norm")),
+            ("skipped", Some(skipped)),
+        ],
+    )?;
+    Ok(skipped > 0.0)
+}
+
+fn scalars<const N: usize>(prefix: &str, numbers: [(&str, Option<f64>); N]) -> Result<(), AlgorithmError> {
+    for (name, value) in numbers {
+        // A gradient that is not finite has no finite norm, and metrics take finite numbers only.
+        if let Some(value) = value.filter(|value| value.is_finite()) {
+            metrics::scalar(&format!("{prefix}{name}"), value)?;
+        }
+    }
+    Ok(())
 }
 
 impl Sft {
