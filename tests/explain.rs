@@ -153,6 +153,35 @@ fn what_was_not_trained_on_is_told_why() {
     assert!(metrics["host/entropy"].is_null(), "{metrics}");
 }
 
+/// What the config alone can do to training: each of it is said of the calls or of the rollout.
+#[test]
+fn what_the_config_kept_out_of_training_is_told() {
+    let reasons = |stage: &str, more: &str, sampling: &str| {
+        let bench = Bench::programmed(&[(r#""chat","chat""#, "{}"); 2], stage, &format!("{DIFFERS}{more}"));
+        bench.replace("max_tokens = 8", &format!("max_tokens = 8\n{sampling}"));
+        bench.succeed(&["train", "run.toml", "--run", "run"]);
+        let found = explain(&bench, "grpo-00000-0000");
+        let of_calls: Vec<String> = found["calls"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .flat_map(|call| codes(&call["reasons"]).into_iter().map(str::to_owned).collect::<Vec<_>>())
+            .collect();
+        (codes(&found["reasons"]).join(" "), of_calls, found["updates"].as_array().unwrap().len())
+    };
+    // Sampling that drops tokens, without a record of what it kept.
+    let (_, calls, updates) = reasons("zero_variance = \"drop\"", "", "top_k = 5");
+    assert_eq!((calls, updates), (vec!["truncated-sampling".to_owned(); 2], 0));
+    // Nobody rewards the dimension that the algorithm reads.
+    let (rollout, _, updates) = reasons("zero_variance = \"drop\"\ndimension = \"elsewhere\"", "", "");
+    assert_eq!((rollout.as_str(), updates), ("no-reward", 0));
+    // Remarks on what was trained on all the same.
+    let (rollout, calls, updates) = reasons("", "[experiment]\nshuffle_rewards = true\n", "");
+    assert_eq!((rollout.as_str(), calls.len(), updates), ("shuffled-rewards", 0, 1));
+    let (rollout, _, _) = reasons("", "[explain]\nentries_per_step_max = 1\n", "");
+    assert!(rollout.contains("entries-left-out"), "{rollout}");
+}
+
 #[test]
 fn rollouts_that_are_too_long_are_left_out_or_cut() {
     // One group has a call of up to 8 tokens, the other three of them.

@@ -183,7 +183,7 @@ fn a_sound_store_is_checked_and_counted() {
     let stats = bench.succeed(&["store", "stats", "--run", "runs/a", "--output", "json"]).json();
     assert_eq!(stats["rollouts"], serde_json::json!({"queuing": 1, "succeeded": 8, "failed": 3}));
     assert_eq!(stats["outcomes"], serde_json::json!({"completed": 8, "trap": 3}));
-    assert_eq!((&stats["schema"], &stats["blobs"], &stats["workers"]), (&4.into(), &3.into(), &1.into()));
+    assert_eq!((&stats["schema"], &stats["blobs"], &stats["workers"]), (&5.into(), &3.into(), &1.into()));
     let stats = bench.succeed(&["store", "stats", "--run", "runs/a"]).stdout;
     assert!(stats.contains("succeeded") && stats.contains("trap") && stats.contains("on disk"), "{stats}");
 }
