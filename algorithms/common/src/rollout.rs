@@ -33,7 +33,8 @@ pub struct Call {
     pub reward: f64,
     /// Hash of all that it saw: equal for equal prompts.
     pub prompt_hash: u64,
-    /// Hash of what it saw that no earlier call of its rollout had seen: a tool's result, the request of the first call.
+    /// Hash of what it saw that no earlier call of its rollout had seen: a tool's result, the request of the first call. 0: it
+    /// saw nothing new, or nobody knows.
     pub observation_hash: u64,
 }
 

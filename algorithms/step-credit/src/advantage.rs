@@ -1,6 +1,6 @@
 //! From rewards to advantages of calls. Pure.
 
-use fulgurite_credit::steps::{self, Visit};
+use fulgurite_credit::steps::{self, Visit, Visited};
 use fulgurite_policy_gradient::{Credit, Divergence, Rollout, rollout};
 
 use crate::config::{Anchor, Config, Method};
@@ -18,71 +18,54 @@ pub struct Found {
 #[must_use]
 pub fn credits(rollouts: &[Rollout], divergence: &Divergence, config: &Config) -> Found {
     let of_rollouts = rollout::advantages(rollouts, config.estimator(), |one| divergence.reward(one));
-    let whole = |(rollout, advantage): (&Rollout, &Option<f64>)| Some(vec![(*advantage)?; rollout.trained().count()]);
-    let identical: Vec<Option<Vec<f64>>> = rollouts.iter().zip(&of_rollouts).map(whole).collect();
-    let returns: Vec<Option<Vec<f64>>> =
-        rollouts.iter().map(|rollout| step_returns(rollout, divergence, config.turn_discount)).collect();
-    let mut advantages = match config.method {
-        Method::Identical | Method::Gigpo => identical,
-        Method::Hierarchical => vec![None; rollouts.len()],
+    let discount = if config.method == Method::TurnDiscount { config.turn_discount } else { 1.0 };
+    let whole = |(rollout, advantage): (&Rollout, &Option<f64>)| {
+        Some(steps::turn_discounted((*advantage)?, rollout.trained().count(), discount))
     };
+    let mut advantages: Vec<Option<Vec<f64>>> = rollouts.iter().zip(&of_rollouts).map(whole).collect();
     let (mut shared, mut visits) = (0, 0);
-    for places in rollout::groups(rollouts).values() {
-        let of_group: Vec<Option<Vec<f64>>> =
-            places.iter().map(|place| returns.get(*place).cloned().flatten()).collect();
-        match config.method {
-            Method::Identical => {}
-            Method::Hierarchical => {
-                let found = steps::hierarchical(&of_group, config.divides_by());
-                for (place, calls) in places.iter().zip(found) {
-                    advantages.get_mut(*place).into_iter().for_each(|slot| slot.clone_from(&calls));
-                }
-            }
-            Method::Gigpo => {
-                let members = rollout::members(rollouts, places);
-                let states: Vec<Vec<Visit<u64>>> = members
-                    .iter()
-                    .zip(&of_group)
-                    .map(|(rollout, returns)| visited(rollout, returns.as_ref(), config.anchor))
-                    .collect();
-                shared += count_shared(&states);
-                visits += states.iter().map(Vec::len).sum::<usize>();
-                for (place, more) in places.iter().zip(steps::gigpo(&states, config.divides_by())) {
-                    let calls = advantages.get_mut(*place).into_iter().flatten().flatten();
-                    calls.zip(more).for_each(|(advantage, more)| *advantage += config.step_weight * more);
-                }
+    if config.method == Method::Gigpo {
+        for places in rollout::groups(rollouts).values() {
+            let seen = |place: &usize| Some((*place, visited(rollouts.get(*place)?, divergence, config)?));
+            let (places, states): (Vec<usize>, Vec<Visited<u64>>) = places.iter().filter_map(seen).unzip();
+            shared += count_shared(&states);
+            visits += states.iter().map(|rollout| rollout.visits.len()).sum::<usize>();
+            for (place, more) in places.iter().zip(steps::gigpo(&states, config.divides_by())) {
+                let calls = advantages.get_mut(*place).into_iter().flatten().flatten();
+                calls.zip(more).for_each(|(advantage, more)| *advantage += config.step_weight * more);
             }
         }
     }
     let credited = |calls: Vec<f64>| calls.into_iter().map(Credit::Call).collect();
-    let is_anchored = config.method == Method::Gigpo && visits > 0;
     Found {
         credits: advantages.into_iter().map(|calls| calls.map(credited)).collect(),
-        anchored_share: is_anchored.then(|| shared as f64 / visits as f64),
+        anchored_share: (visits > 0).then(|| shared as f64 / visits as f64),
     }
 }
 
-/// What each call that is trained on leads to, less what the KL costs.
-fn step_returns(rollout: &Rollout, divergence: &Divergence, discount: f64) -> Option<Vec<f64>> {
-    let (mut rewards, whole) = rollout.step_rewards()?;
-    rewards.iter_mut().zip(rollout.trained()).for_each(|(reward, call)| *reward -= divergence.of_call(&call.id));
-    Some(steps::returns(&rewards, whole, discount))
-}
-
-/// The states in which a rollout's calls were made; nothing of one that was not graded.
-fn visited(rollout: &Rollout, returns: Option<&Vec<f64>>, anchor: Anchor) -> Vec<Visit<u64>> {
-    let state = |call: &rollout::Call| match anchor {
+/// The states in which a rollout's calls were made, and what each of them led to, less what the KL costs. None of a rollout
+/// that was not graded. A call that saw nothing new (its agent asks again without a word between) has no state, which the
+/// host tells by the hash 0: all such calls would be one.
+fn visited(rollout: &Rollout, divergence: &Divergence, config: &Config) -> Option<Visited<u64>> {
+    let state = |call: &rollout::Call| match config.anchor {
         Anchor::Observation => call.observation_hash,
         Anchor::Prompt => call.prompt_hash,
     };
-    let of_calls = returns.into_iter().flatten().zip(rollout.trained());
-    of_calls.map(|(value, call)| Visit { anchor: state(call), value: *value }).collect()
+    let (mut rewards, whole) = rollout.step_rewards()?;
+    rewards.iter_mut().zip(rollout.trained()).for_each(|(reward, call)| *reward -= divergence.of_call(&call.id));
+    let returns = steps::returns(&rewards, whole, config.turn_discount).into_iter();
+    let visits = returns
+        .zip(rollout.trained())
+        .map(|(value, call)| Visit { anchor: Some(state(call)).filter(|hash| *hash != 0), value })
+        .collect();
+    Some(Visited { total: divergence.reward(rollout)?, visits })
 }
 
 /// Visits of states that were visited more than once.
-fn count_shared(states: &[Vec<Visit<u64>>]) -> usize {
+fn count_shared(states: &[Visited<u64>]) -> usize {
     let mut counts = std::collections::BTreeMap::<u64, usize>::new();
-    states.iter().flatten().for_each(|visit| *counts.entry(visit.anchor).or_default() += 1);
+    let anchors = states.iter().flat_map(|rollout| &rollout.visits).filter_map(|visit| visit.anchor);
+    anchors.for_each(|anchor| *counts.entry(anchor).or_default() += 1);
     counts.values().filter(|count| **count > 1).sum()
 }
 
@@ -122,11 +105,33 @@ mod tests {
     }
 
     #[test]
-    fn hierarchical_credits_late_calls_more() {
-        let rollouts = [rollout(0, Some(1.0), &[1, 2]), rollout(0, None, &[1]), rollout(0, Some(0.0), &[1, 3])];
-        // Returns ½, 1 and 0, 0; the mean over rollouts is (¾ + 0) / 2.
-        let found = of(&rollouts, &config(Method::Hierarchical));
-        assert_eq!(found, [Some(vec![0.125, 0.625]), None, Some(vec![-0.375, -0.375])]);
+    fn turn_discount_credits_late_calls_more_and_flat_groups_not_at_all() {
+        let rollouts = [rollout(0, Some(1.0), &[1, 2]), rollout(0, None, &[1]), rollout(0, Some(0.0), &[1, 3, 4])];
+        let found = of(&rollouts, &config(Method::TurnDiscount));
+        assert_eq!(found, [Some(vec![0.25, 0.5]), None, Some(vec![-0.125, -0.25, -0.5])]);
+        let without = Config { turn_discount: 1.0, ..config(Method::TurnDiscount) };
+        assert_eq!(of(&rollouts, &without), of(&rollouts, &config(Method::Identical)));
+        // All earned 1 in two calls: positions in a rollout are not compared with each other.
+        let flat = [rollout(0, Some(1.0), &[1, 2]), rollout(0, Some(1.0), &[1, 3])];
+        let divided = Config { normalise_by_std: true, ..config(Method::TurnDiscount) };
+        assert_eq!(of(&flat, &divided), [Some(vec![0.0, 0.0]), Some(vec![0.0, 0.0])]);
+    }
+
+    #[test]
+    fn gigpo_of_a_group_that_earned_the_same_is_0() {
+        let flat = [rollout(0, Some(1.0), &[1, 2]), rollout(0, Some(1.0), &[1]), rollout(0, None, &[1])];
+        assert_eq!(of(&flat, &config(Method::Gigpo)), [Some(vec![0.0, 0.0]), Some(vec![0.0]), None]);
+    }
+
+    #[test]
+    fn calls_that_saw_nothing_new_are_not_in_one_state() {
+        let mut rollouts = [rollout(0, Some(1.0), &[1, 5]), rollout(0, Some(0.0), &[2, 6])];
+        for one in &mut rollouts {
+            one.calls[1].observation_hash = 0;
+        }
+        assert_eq!(of(&rollouts, &config(Method::Gigpo)), [Some(vec![0.5, 0.5]), Some(vec![-0.5, -0.5])]);
+        let found = credits(&rollouts, &Divergence::default(), &config(Method::Gigpo));
+        assert_eq!(found.anchored_share, Some(0.0));
     }
 
     #[test]
@@ -161,7 +166,7 @@ mod tests {
 
     #[test]
     fn nothing_makes_no_nan() {
-        for method in [Method::Identical, Method::Hierarchical, Method::Gigpo] {
+        for method in [Method::Identical, Method::TurnDiscount, Method::Gigpo] {
             let config = Config { normalise_by_std: true, ..config(method) };
             assert!(of(&[], &config).is_empty());
             let found = of(&[rollout(0, Some(1.0), &[]), rollout(0, None, &[1]), rollout(0, Some(1.0), &[1])], &config);

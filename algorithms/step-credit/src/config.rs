@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 pub enum Method {
     /// Every call has the advantage of its rollout (`LightningRL`, arXiv 2508.03680).
     Identical,
-    /// Every call is compared by its own discounted return with those of all calls of the group.
-    Hierarchical,
+    /// The same, discounted per call from the last one backwards (the turn discount of AReaL's agent proxy).
+    TurnDiscount,
     /// The advantage of the rollout plus that among calls that were made in the same state (GiGPO, arXiv 2505.10978).
     #[default]
     Gigpo,
@@ -32,12 +32,13 @@ pub enum Anchor {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Config {
-    /// `identical`, `hierarchical` or `gigpo`. `gigpo`.
+    /// `identical`, `turn-discount` or `gigpo`. `gigpo`.
     pub method: Method,
     /// What all plugins share.
     #[serde(flatten)]
     pub sections: Sections,
-    /// γ, per call, 0 to 1: what a reward is worth one call earlier. 0.95; `identical` has none.
+    /// γ, per call, 0 to 1: what an advantage (`turn-discount`) or a reward (`gigpo`) is worth one call earlier. 0.95; `identical`
+    /// has none.
     pub turn_discount: f64,
     /// ω of `gigpo`: weight of the advantage among calls in the same state. 1.
     pub step_weight: f64,
@@ -106,6 +107,7 @@ mod tests {
         config.settle().unwrap();
         assert_eq!(read(&serde_json::to_string(&Flat(config.clone())).unwrap()), config);
         assert_eq!(read(r#"{"method":"identical","anchor":"prompt"}"#).anchor, Anchor::Prompt);
+        assert_eq!(read(r#"{"method":"turn-discount"}"#).method, Method::TurnDiscount);
     }
 
     #[test]

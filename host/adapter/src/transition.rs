@@ -131,10 +131,12 @@ impl Transition {
         self.tokens.as_ref().map_or(0, |tokens| hash(&tokens.prompt_ids))
     }
 
-    /// Hash of the prompt's tokens that no earlier call of the rollout covers; 0 where they are not known.
+    /// Hash of the prompt's tokens that no earlier call of the rollout covers; 0 where there are none, or they are not known.
+    /// All calls that saw nothing new would have one hash otherwise, as if they had seen the same.
     #[must_use]
     pub fn observation_hash(&self) -> u64 {
-        self.tokens.as_ref().and_then(|tokens| tokens.prompt_ids.get(self.observed_from..)).map_or(0, hash)
+        let observed = self.tokens.as_ref().and_then(|tokens| tokens.prompt_ids.get(self.observed_from..));
+        observed.filter(|ids| !ids.is_empty()).map_or(0, hash)
     }
 
     /// The model that drew it, as verbs name it; the policy for what was given and for what has no tokens.

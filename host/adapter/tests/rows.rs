@@ -173,6 +173,9 @@ fn observed_tokens_are_those_that_no_earlier_call_covers() {
     assert_eq!(calls[1].observation_hash(), other[1].observation_hash());
     assert_ne!(calls[1].prompt_hash(), other[1].prompt_hash());
     assert_eq!(calls[0].prompt_hash(), calls[0].observation_hash());
+    // An agent that asks again without a word between has seen nothing new, and that is no state.
+    let again = of_calls(&[(&[1, 2], &[3]), (&[1, 2, 3], &[4])]);
+    assert_eq!((again[1].observed_tokens(), again[1].observation_hash()), (0, 0));
     let ce = |call: usize, weights| entry(&calls[call], Stream::Ce, Scope::Observed, weights);
     let batch = Sequence {
         entries: vec![

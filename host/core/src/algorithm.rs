@@ -121,7 +121,7 @@ pub struct TransitionView {
     pub policy_version: PolicyVersion,
     /// Hash of the prompt's tokens; 0 where they are not known.
     pub prompt_hash: u64,
-    /// Hash of those of them that no earlier call of the rollout covers; 0 where they are not known.
+    /// Hash of those of them that no earlier call of the rollout covers; 0 where there are none, or they are not known.
     pub observation_hash: u64,
     /// Rewards attached to this call.
     pub rewards: Vec<Reward>,

@@ -10,8 +10,7 @@ use crate::group::grpo;
 use crate::statistics::{has_variance, mean, standard_deviation};
 
 /// `R_t = Σ_{k≥t} γ^{k−t} r_k` over a rollout's calls, where `whole` is a reward that belongs to none of them and comes with the
-/// last. With `discount` 1 and no reward but `whole` every call has the rollout's return, `LightningRL`'s identical assignment
-/// (arXiv 2508.03680); below 1 it is the turn discount of AReaL.
+/// last.
 #[must_use]
 pub fn returns(calls: &[f64], whole: f64, discount: f64) -> Vec<f64> {
     let mut rewards = calls.to_vec();
@@ -21,40 +20,53 @@ pub fn returns(calls: &[f64], whole: f64, discount: f64) -> Vec<f64> {
     crate::returns::discounted(&rewards, discount)
 }
 
-/// Hierarchical assignment: every call is compared by its own return with the returns of all calls of the group.
-/// `(R_t − mean) / (std + ε)`, where each rollout has the same weight in mean and deviation however often it asked; without
-/// `epsilon` nothing is divided. The deviation is scaled to n − 1 by the number of rollouts, so that rollouts of one call are
-/// GRPO exactly. Fewer than two rollouts, or returns that are all equal, have advantage 0.
+/// The turn discount of AReaL's agent proxy: `A_t = γ^(T−1−t) · A` for the T calls of a rollout whose advantage is A, so that
+/// what is further from the end counts less. The advantage is discounted and not the return: comparing discounted returns
+/// would compare positions in the rollout, and credit calls of a group that earned all the same. With `discount` 1 every call
+/// has the rollout's advantage, `LightningRL`'s hierarchical assignment as published (arXiv 2508.03680).
 #[must_use]
-pub fn hierarchical(rollouts: &[Option<Vec<f64>>], epsilon: Option<f64>) -> Vec<Option<Vec<f64>>> {
-    let scored: Vec<&Vec<f64>> = rollouts.iter().flatten().filter(|calls| !calls.is_empty()).collect();
-    let all: Vec<f64> = scored.iter().flat_map(|calls| calls.iter().copied()).collect();
-    let teaches = scored.len() > 1 && has_variance(&all);
-    let centre = mean(&scored.iter().map(|calls| mean(calls)).collect::<Vec<_>>());
-    let spread = |calls: &Vec<f64>| mean(&calls.iter().map(|value| (value - centre).powi(2)).collect::<Vec<_>>());
-    let squares: f64 = scored.iter().map(|calls| spread(calls)).sum();
-    let scale = epsilon.map_or(1.0, |epsilon| (squares / (scored.len() as f64 - 1.0)).sqrt() + epsilon);
-    let advantage = |value: &f64| if teaches { finite((value - centre) / scale) } else { 0.0 };
-    rollouts.iter().map(|calls| calls.as_ref().map(|calls| calls.iter().map(advantage).collect())).collect()
+pub fn turn_discounted(advantage: f64, calls: usize, discount: f64) -> Vec<f64> {
+    let mut last = vec![0.0; calls];
+    if let Some(last) = last.last_mut() {
+        *last = advantage;
+    }
+    crate::returns::discounted(&last, discount)
 }
 
 /// A call as [`gigpo`] sees it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Visit<Anchor> {
-    /// The state in which the policy was asked: equal for equal states.
-    pub anchor: Anchor,
+    /// The state in which the policy was asked: equal for equal states. None: it has no state of its own.
+    pub anchor: Option<Anchor>,
     /// The call's return.
     pub value: f64,
 }
 
+/// One rollout's calls as [`gigpo`] sees them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Visited<Anchor> {
+    /// What the rollout earned in all.
+    pub total: f64,
+    /// Its calls, in order.
+    pub visits: Vec<Visit<Anchor>>,
+}
+
 /// GiGPO's step advantage (arXiv 2505.10978): calls of a group that were made in the same state are compared with each other,
-/// `A^S = (R_t − mean) / F`, where F is the unbiased standard deviation plus `epsilon`, or 1 without. A state that was visited
-/// once, or whose visits have equal returns, has 0. Add it, times ω, to the advantage of the rollout.
+/// `A^S = (R_t − mean_S) / F`, where F is the unbiased standard deviation plus `epsilon`, or 1 without. A call without a state,
+/// a state that was visited once, and one whose visits have equal returns have 0. Add it, times ω, to the advantage of the
+/// rollout.
+///
+/// This departs from the paper in one case: where all rollouts of the group earned the same, everything is 0. The paper's
+/// formula would still credit those that earned it in fewer calls, by their discount alone, and equal rewards teach nothing
+/// here. Rollouts that were not graded have no visits to give, and are no rollouts of the list.
 #[must_use]
-pub fn gigpo<Anchor: Ord + Clone>(rollouts: &[Vec<Visit<Anchor>>], epsilon: Option<f64>) -> Vec<Vec<f64>> {
+pub fn gigpo<Anchor: Ord + Clone>(rollouts: &[Visited<Anchor>], epsilon: Option<f64>) -> Vec<Vec<f64>> {
+    let totals: Vec<f64> = rollouts.iter().map(|rollout| rollout.total).collect();
     let mut states: BTreeMap<&Anchor, Vec<f64>> = BTreeMap::new();
-    for visit in rollouts.iter().flatten().filter(|visit| visit.value.is_finite()) {
-        states.entry(&visit.anchor).or_default().push(visit.value);
+    if has_variance(&totals) {
+        for visit in rollouts.iter().flat_map(|rollout| &rollout.visits).filter(|visit| visit.value.is_finite()) {
+            visit.anchor.iter().for_each(|anchor| states.entry(anchor).or_default().push(visit.value));
+        }
     }
     let statistics: BTreeMap<&Anchor, (f64, f64)> = states
         .into_iter()
@@ -64,9 +76,10 @@ pub fn gigpo<Anchor: Ord + Clone>(rollouts: &[Vec<Visit<Anchor>>], epsilon: Opti
         })
         .collect();
     let advantage = |visit: &Visit<Anchor>| {
-        statistics.get(&visit.anchor).map_or(0.0, |(mean, scale)| finite((visit.value - mean) / scale))
+        let found = visit.anchor.as_ref().and_then(|anchor| statistics.get(anchor));
+        found.map_or(0.0, |(mean, scale)| finite((visit.value - mean) / scale))
     };
-    rollouts.iter().map(|visits| visits.iter().map(advantage).collect()).collect()
+    rollouts.iter().map(|rollout| rollout.visits.iter().map(advantage).collect()).collect()
 }
 
 /// Monte-Carlo step values (VinePPO, arXiv 2410.01679): `A_t = V(s_{t+1}) − V(s_t)` and, of the last call, `R − V(s_t)`.
@@ -126,8 +139,9 @@ mod tests {
     use super::*;
     use crate::near;
 
-    fn visits(calls: &[(u8, f64)]) -> Vec<Visit<u8>> {
-        calls.iter().map(|(anchor, value)| Visit { anchor: *anchor, value: *value }).collect()
+    fn visited(total: f64, calls: &[(u8, f64)]) -> Visited<u8> {
+        let visits = calls.iter().map(|(anchor, value)| Visit { anchor: Some(*anchor), value: *value }).collect();
+        Visited { total, visits }
     }
 
     #[test]
@@ -139,23 +153,42 @@ mod tests {
     }
 
     #[test]
-    fn hierarchical_weighs_every_rollout_equally() {
-        // One call worth 1, and three calls worth 0: the mean over rollouts is 0.5, over calls it would be 0.25.
-        let found = hierarchical(&[Some(vec![1.0]), None, Some(vec![0.0; 3])], None);
-        assert_eq!(found, [Some(vec![0.5]), None, Some(vec![-0.5; 3])]);
-        assert_eq!(hierarchical(&[Some(vec![1.0, 0.0]), None], Some(1e-4)), [Some(vec![0.0; 2]), None]);
-        assert_eq!(hierarchical(&[], None), []);
-        assert_eq!(hierarchical(&[Some(vec![]), Some(vec![1.0])], None), [Some(vec![]), Some(vec![0.0])]);
+    fn turns_are_discounted_towards_the_start() {
+        near(&turn_discounted(-2.0, 3, 0.5), &[-0.5, -1.0, -2.0], 0.0);
+        near(&turn_discounted(0.7, 4, 1.0), &[0.7; 4], 0.0);
+        near(&turn_discounted(0.7, 2, 0.0), &[0.0, 0.7], 0.0);
+        assert!(turn_discounted(0.7, 0, 0.5).is_empty());
     }
 
     #[test]
     fn gigpo_compares_what_was_done_in_the_same_state() {
-        let rollouts = [visits(&[(1, 1.0), (2, 1.0)]), visits(&[(1, 0.0), (3, 0.0)]), visits(&[(1, 0.5), (2, 1.0)])];
+        let rollouts = [
+            visited(1.0, &[(1, 1.0), (2, 1.0)]),
+            visited(0.0, &[(1, 0.0), (3, 0.0)]),
+            visited(1.0, &[(1, 0.5), (2, 1.0)]),
+        ];
         let found = gigpo(&rollouts, None);
         // State 1: mean 0.5. State 2: equal returns. State 3: one visit.
         assert_eq!(found, [vec![0.5, 0.0], vec![-0.5, 0.0], vec![0.0, 0.0]]);
         near(&gigpo(&rollouts, Some(0.0)).concat(), &[1.0, 0.0, -1.0, 0.0, 0.0, 0.0], 1e-12);
-        assert!(gigpo(&[visits(&[(1, f64::NAN), (1, 1.0), (1, 0.0)])], None)[0].iter().all(|value| value.is_finite()));
+        let broken = [visited(1.0, &[(1, f64::NAN), (1, 1.0), (1, 0.0)]), visited(0.0, &[])];
+        assert!(gigpo(&broken, None)[0].iter().all(|value| value.is_finite()));
+    }
+
+    #[test]
+    fn gigpo_learns_nothing_from_a_group_that_earned_all_the_same() {
+        // One needed two calls and the other one: the discount alone tells them apart.
+        let rollouts = |total: f64| [visited(1.0, &[(1, 0.95), (2, 1.0)]), visited(total, &[(1, 1.0)])];
+        for epsilon in [None, Some(1e-4)] {
+            assert_eq!(gigpo(&rollouts(1.0), epsilon), [vec![0.0, 0.0], vec![0.0]]);
+        }
+        assert!(gigpo(&rollouts(0.5), None)[0][0] < 0.0, "what differs is compared");
+    }
+
+    #[test]
+    fn a_call_without_a_state_is_compared_with_none() {
+        let stateless = |total: f64| Visited { total, visits: vec![Visit { anchor: None::<u8>, value: total }] };
+        assert_eq!(gigpo(&[stateless(1.0), stateless(0.0)], None), [vec![0.0], vec![0.0]]);
     }
 
     #[test]
@@ -179,19 +212,23 @@ mod tests {
     }
 
     proptest! {
-        /// Property 5 of ALGORITHMS.md, section 17: cutting a rollout into more calls leaves every advantage as it was.
+        /// Property 5 of ALGORITHMS.md, section 17: without discount a rollout that is cut into more calls has its advantage on
+        /// each of them.
         #[test]
         fn more_calls_of_the_same_return_change_nothing(
             rewards in prop::collection::vec((0.0..1.0_f64, 1..5_usize), 2..8),
         ) {
             let single: Vec<Option<f64>> = rewards.iter().map(|(reward, _)| Some(*reward)).collect();
-            let split: Vec<Option<Vec<f64>>> =
-                rewards.iter().map(|(reward, calls)| Some(returns(&vec![0.0; *calls], *reward, 1.0))).collect();
-            prop_assume!(has_variance(&rewards.iter().map(|(reward, _)| *reward).collect::<Vec<_>>()));
-            let found = hierarchical(&split, Some(1e-4));
-            for (expected, found) in grpo(&single, 1e-4).into_iter().zip(found) {
-                let expected = expected.unwrap();
-                prop_assert!(found.unwrap().iter().all(|advantage| (advantage - expected).abs() < 1e-9));
+            for (advantage, (_, calls)) in grpo(&single, 1e-4).into_iter().flatten().zip(&rewards) {
+                prop_assert_eq!(turn_discounted(advantage, *calls, 1.0), vec![advantage; *calls]);
+            }
+        }
+
+        /// However many calls a rollout of a flat group has, and whatever the discount.
+        #[test]
+        fn flat_groups_are_exactly_0(reward in -2.0..2.0_f64, size in 2..9_usize, calls in 0..5_usize, discount in 0.0..1.0_f64) {
+            for advantage in grpo(&vec![Some(reward); size], 1e-4).into_iter().flatten() {
+                prop_assert!(turn_discounted(advantage, calls, discount).iter().all(|value| *value == 0.0));
             }
         }
 
@@ -207,11 +244,14 @@ mod tests {
             values in prop::collection::vec(prop::collection::vec((0..3_u8, -2.0..2.0_f64), 1..4), 2..5),
             shift in -2.0..2.0_f64,
         ) {
-            let rollouts: Vec<_> = values.iter().map(|calls| visits(calls)).collect();
-            let moved: Vec<_> = values
-                .iter()
-                .map(|calls| visits(&calls.iter().map(|(anchor, value)| (*anchor, value + shift)).collect::<Vec<_>>()))
-                .collect();
+            // Totals that differ, so that the group teaches.
+            let with = |shift: f64| -> Vec<Visited<u8>> {
+                let moved = |calls: &Vec<(u8, f64)>| -> Vec<(u8, f64)> {
+                    calls.iter().map(|(anchor, value)| (*anchor, value + shift)).collect()
+                };
+                values.iter().enumerate().map(|(place, calls)| visited(place as f64, &moved(calls))).collect()
+            };
+            let (rollouts, moved) = (with(0.0), with(shift));
             near(&gigpo(&moved, None).concat(), &gigpo(&rollouts, None).concat(), 1e-9);
         }
     }

@@ -46,7 +46,7 @@ const VARIANTS: [Variant; 14] = [
     variant("cispo", "grpo", "variant = 'cispo'", true),
     variant("sapo", "grpo", "variant = 'sapo'", false),
     variant("ppo", "ppo", "", true),
-    variant("hierarchical", "step_credit", "method = 'hierarchical'", true),
+    variant("turn-discount", "step_credit", "method = 'turn-discount'", true),
     variant("gigpo", "step_credit", "method = 'gigpo'", true),
     variant("tree-grpo", "tree_grpo", "", true),
 ];

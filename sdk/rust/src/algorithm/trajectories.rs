@@ -133,7 +133,7 @@ impl Transition {
     }
 
     /// Hash of the prompt's tokens that no earlier call of the rollout covers: what a tool answered, or all of a first call's
-    /// prompt. Calls with equal ones were made after the same observation. 0 where they are not known.
+    /// prompt. Calls with equal ones were made after the same observation. 0 where there are none, or they are not known.
     #[must_use]
     pub fn observation_hash(&self) -> u64 {
         self.0.observation_hash()
