@@ -20,6 +20,12 @@ pub struct Divergence {
 }
 
 impl Divergence {
+    /// What the tokens of these calls cost, in units of the reward.
+    #[must_use]
+    pub const fn new(costs: BTreeMap<TransitionId, Vec<f64>>) -> Self {
+        Self { costs, mean: None }
+    }
+
     /// Asks each model and its reference for the log-probs of the calls that it drew.
     pub(crate) fn ask(
         estimator: Estimator,
@@ -44,7 +50,15 @@ impl Divergence {
     /// What a rollout earned, less what the KL costs all of its tokens: what it is compared by.
     #[must_use]
     pub fn reward(&self, rollout: &Rollout) -> Option<f64> {
-        let costs: f64 = rollout.trained().map(|call| self.of_call(&call.id)).sum();
+        self.reward_behind(&[], rollout)
+    }
+
+    /// The same of a fork, whose reward is that of its prefix too: calls of other rollouts, whose tokens cost it as much as
+    /// they cost those.
+    #[must_use]
+    pub fn reward_behind(&self, prefix: &[TransitionId], rollout: &Rollout) -> Option<f64> {
+        let calls = prefix.iter().chain(rollout.trained().map(|call| &call.id));
+        let costs: f64 = calls.map(|call| self.of_call(call)).sum();
         rollout.shaped_reward().map(|reward| reward - costs)
     }
 
@@ -84,9 +98,10 @@ mod tests {
         rollout.calls[1].completion_tokens = 3;
         let id = |name: &str| TransitionId(name.to_owned());
         let costs = BTreeMap::from([(id("1"), vec![0.5, 0.0]), (id("2"), vec![0.0, 0.125, 0.0])]);
-        let found = Divergence { costs, mean: None };
+        let found = Divergence::new(costs);
         assert_eq!(found.token_rewards(&rollout), Some(vec![-0.5, 0.25, 0.0, -0.125, 0.75]));
         assert_eq!(found.reward(&rollout), Some(0.375));
+        assert_eq!(found.reward_behind(&[id("1"), id("9")], &rollout), Some(-0.125));
         assert_eq!((found.of_call(&id("1")), found.of_call(&id("9"))), (0.5, 0.0));
 
         let nothing = Divergence::default();

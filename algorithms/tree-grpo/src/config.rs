@@ -69,6 +69,10 @@ impl Config {
         if settings.rollouts.overlong_tokens_max.is_some() {
             return Err("overlong_tokens_max: leave it out, a fork does not know how long its prefix is".to_owned());
         }
+        if self.method == Method::MonteCarlo && settings.loss.reward_kl().is_some() {
+            let text = "kl_placement: use `loss` with `monte-carlo`, the values of states know of rewards alone";
+            return Err(text.to_owned());
+        }
         let forks = u64::from(self.rounds) * u64::from(self.forks_per_tree);
         if self.method == Method::MonteCarlo || forks == 0 {
             settings.rollouts.check_comparable()?;
@@ -106,10 +110,13 @@ mod tests {
             (r#"{"overlong_tokens_max":64}"#, "overlong_tokens_max"),
             (r#"{"method":"monte-carlo","group_size":1}"#, "group_size"),
             (r#"{"rounds":0,"group_size":1}"#, "group_size"),
+            (r#"{"method":"monte-carlo","kl_coefficient":0.1,"kl_placement":"reward"}"#, "kl_placement"),
         ] {
             let refused = read(json).settle().unwrap_err();
             assert!(refused.starts_with(field), "{json}: {refused}");
         }
         read(r#"{"group_size":1}"#).settle().unwrap();
+        read(r#"{"kl_coefficient":0.1,"kl_placement":"reward"}"#).settle().unwrap();
+        read(r#"{"method":"monte-carlo","kl_coefficient":0.1}"#).settle().unwrap();
     }
 }

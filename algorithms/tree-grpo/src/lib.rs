@@ -135,8 +135,7 @@ impl TreeGrpo {
     fn evaluate(&mut self, roots: Vec<Rollout>) -> Result<Credited, AlgorithmError> {
         let rollouts = self.learner.see(roots)?;
         let outcomes = self.outcomes(&rollouts)?;
-        let divergence = self.learner.divergence(&rollouts)?;
-        let credits = monte_carlo::credits(&rollouts, &outcomes, &divergence);
+        let credits = monte_carlo::credits(&rollouts, &outcomes);
         Ok((rollouts, credits))
     }
 

@@ -63,7 +63,9 @@ pub fn credits(
     let mut advantages: Vec<Option<f64>> = vec![None; rollouts.len()];
     for places in rollout::groups(rollouts).values() {
         let members = rollout::members(rollouts, places);
-        let rewards: Vec<Option<f64>> = members.iter().map(|rollout| divergence.reward(rollout)).collect();
+        let prefix = |rollout: &Rollout| branches.get(&rollout.id).map_or(&[][..], |branch| &branch.prefix);
+        let rewards: Vec<Option<f64>> =
+            members.iter().map(|rollout| divergence.reward_behind(prefix(rollout), rollout)).collect();
         let tree = |rollout: &&Rollout| branches.get(&rollout.id).map_or(usize::MAX, |branch| branch.tree);
         let trees: Vec<usize> = members.iter().map(tree).collect();
         for (place, advantage) in places.iter().zip(steps::tree(&rewards, &trees, epsilon)) {
@@ -147,9 +149,31 @@ mod tests {
         near(&found[2], &[expected[2]]);
     }
 
-    /// Forking without a difference in what was earned changes no advantage.
+    /// A root and its fork have the first call in common, and what it costs.
     #[test]
-    fn a_fork_adds_no_weight_to_what_came_before() {
+    fn a_fork_pays_for_its_prefix_as_its_root_does() {
+        let rollouts = [rollout("a", Some(1.0), 2), rollout("c", Some(1.0), 1)];
+        let known = branches(&[("a", 0, &[]), ("c", 0, &["a/0"])]);
+        let cost = |call: &str, cost: f64| (TransitionId(call.to_owned()), vec![cost]);
+        let costs = |of: &[(TransitionId, Vec<f64>)]| Divergence::new(of.iter().cloned().collect());
+        let found =
+            numbers(&credits(&rollouts, &known, &costs(&[cost("a/0", 0.3), cost("a/1", 0.1), cost("c/0", 0.1)]), 0.0));
+        assert_eq!(found, [Some(vec![0.0, 0.0]), Some(vec![0.0])]);
+        // Only what came behind the fork tells them apart: rewards 0.5 and 0.25.
+        let found = numbers(&credits(
+            &rollouts,
+            &known,
+            &costs(&[cost("a/0", 0.25), cost("a/1", 0.25), cost("c/0", 0.5)]),
+            0.0,
+        ));
+        let both = 2.0 * 0.5_f64.sqrt();
+        let (root, fork) = (found[0].as_ref().unwrap(), found[1].as_ref().unwrap());
+        assert!(root[0].abs() < 1e-12 && (root[1] - both).abs() < 1e-12 && (fork[0] + both).abs() < 1e-12, "{found:?}");
+    }
+
+    /// A fork that was not graded changes no advantage.
+    #[test]
+    fn a_fork_that_was_not_graded_adds_no_weight() {
         let (a, b) = (rollout("a", Some(1.0), 2), rollout("b", Some(0.0), 1));
         let known = branches(&[("a", 0, &[]), ("b", 1, &[])]);
         let plain = numbers(&credits(&[a.clone(), b.clone()], &known, &Divergence::default(), 0.0));
