@@ -44,12 +44,14 @@ impl Algorithm for Rloo {
     }
 }
 
-/// `(A − mean) / (std + 1e-4)` over the rollouts of the step. Pure.
+/// `(A − mean) / (std + 1e-4)` over the rollouts of the step. What is 0 stays so: the mean is 0 but for rounding, which must not
+/// make groups of equal rewards teach something. Pure.
 #[must_use]
 pub fn normalised(advantages: &[Option<f64>]) -> Vec<Option<f64>> {
     let all: Vec<f64> = advantages.iter().flatten().copied().collect();
     let (mean, deviation) = (mean(&all), standard_deviation(&all) + BATCH_EPSILON);
-    advantages.iter().map(|advantage| advantage.map(|advantage| (advantage - mean) / deviation)).collect()
+    let of = |advantage: f64| if advantage == 0.0 { 0.0 } else { (advantage - mean) / deviation };
+    advantages.iter().map(|advantage| advantage.map(of)).collect()
 }
 
 fulgurite_sdk::algorithm!(Rloo);
@@ -65,5 +67,7 @@ mod tests {
         assert!((found[0].unwrap() - expected).abs() < 1e-12 && (found[2].unwrap() + expected).abs() < 1e-12);
         assert_eq!(found[1], None);
         assert_eq!(normalised(&[Some(0.0), Some(0.0)]), [Some(0.0), Some(0.0)]);
+        // The sum of the others is not 0 in binary.
+        assert_eq!(normalised(&[Some(0.1), Some(0.2), Some(-0.3), Some(0.0)])[3], Some(0.0));
     }
 }
