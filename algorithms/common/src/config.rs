@@ -48,6 +48,10 @@ impl Sections {
     pub fn settle(&self, preset: &Preset) -> Result<Settings, String> {
         self.rollouts.check()?;
         self.optimiser.check(self.rollouts.steps)?;
+        if self.optimiser.mini_batches > self.rollouts.groups_per_step {
+            let (parts, groups) = (self.optimiser.mini_batches, self.rollouts.groups_per_step);
+            return Err(format!("mini_batches: {parts} is above groups_per_step ({groups}), and groups are not split"));
+        }
         let settings = Settings {
             rollouts: self.rollouts.clone(),
             filter: self.rollouts.zero_variance.unwrap_or(preset.filter),
@@ -102,6 +106,7 @@ pub fn at_least_one(field: &str, value: u64) -> Result<(), String> {
 
 #[cfg(test)]
 mod tests {
+    use fulgurite_credit::kl;
     use fulgurite_sdk::algorithm::policy::{Aggregation, Correction, CorrectionRule, RatioLevel};
 
     use super::*;
@@ -142,6 +147,36 @@ mod tests {
     }
 
     #[test]
+    fn a_wrong_correction_is_told_with_the_forms_that_are_right() {
+        for (json, reason) in [
+            (r#""tis""#, "\"tis\" is none of its forms"),
+            ("2.0", "2.0 is none of its forms"),
+            (r#"{"level":"token"}"#, "missing field `rule`"),
+            (r#"{"level":"tokens","rule":{"truncate":2}}"#, "unknown variant `tokens`"),
+            (r#"{"rule":{"truncate":2,"mask":[0.5,5]}}"#, "single key"),
+            (r#"{"rule":{"cut":2}}"#, "unknown variant `cut`"),
+            (r#"{"rule":{"truncate":2},"levle":"token"}"#, "unknown field `levle`"),
+        ] {
+            let refused = serde_json::from_str::<Flat<Sections>>(&format!(r#"{{"correction":{json}}}"#)).unwrap_err();
+            let refused = refused.to_string();
+            assert!(refused.starts_with("correction: ") && refused.contains(reason), "{json}: {refused}");
+            for form in ["auto", "none", "level = \"token\"", "truncate = 2.0", "mask = [0.5, 5.0]"] {
+                assert!(refused.contains(form), "{json}: {refused}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_a_variant_presets_is_no_mistake_of_the_user() {
+        let preset = Preset { objective: Objective::Reinforce, ..Preset::default() };
+        read("{}").settle(&preset).unwrap();
+        for json in [r#"{"loss":"cispo","clip_low":1}"#, r#"{"loss":"sapo","ratio_level":"sequence-mean"}"#] {
+            read(json).settle(&preset).unwrap();
+        }
+        read(r#"{"groups_per_step":4,"mini_batches":4}"#).settle(&preset).unwrap();
+    }
+
+    #[test]
     fn what_makes_no_sense_is_named() {
         let refused = |json: &str| read(json).settle(&Preset::default()).unwrap_err();
         for (json, field) in [
@@ -177,7 +212,11 @@ mod tests {
             (r#"{"kl_coefficient":-1}"#, "kl_coefficient"),
             (r#"{"kl_target":0}"#, "kl_target"),
             (r#"{"kl_target":0.1}"#, "kl_target"),
-            (r#"{"kl_placement":"reward","kl_coefficient":0.1,"kl_estimator":"unbiased-k3"}"#, "kl_estimator"),
+            (r#"{"loss":"reinforce","clip_low":0.2}"#, "clip_low"),
+            (r#"{"loss":"importance-sampling","clip_high":0.2}"#, "clip_high"),
+            (r#"{"loss":"sapo","clip_high":0.28}"#, "clip_high"),
+            (r#"{"loss":"reinforce","ratio_level":"sequence-mean"}"#, "ratio_level"),
+            (r#"{"groups_per_step":3,"mini_batches":4}"#, "mini_batches"),
             (r#"{"temperature":0}"#, "temperature"),
             (r#"{"aggregation":{"constant":0}}"#, "aggregation"),
             (r#"{"dimension":""}"#, "dimension"),
@@ -194,5 +233,16 @@ mod tests {
         assert!(!settled("{}").has_reference());
         assert!(settled(r#"{"kl_coefficient":0.01}"#).has_reference());
         assert!(settled(r#"{"kl_coefficient":0.01,"kl_placement":"reward","kl_estimator":"k1"}"#).has_reference());
+        assert_eq!(settled(r#"{"kl_coefficient":0.01}"#).reward_kl(), None);
+    }
+
+    #[test]
+    fn in_the_reward_unbiased_k3_is_k3() {
+        let found = |estimator: &str| {
+            let json = format!(r#"{{"kl_placement":"reward","kl_coefficient":0.1,"kl_estimator":"{estimator}"}}"#);
+            read(&json).settle(&Preset::default()).unwrap().loss.reward_kl()
+        };
+        assert_eq!(found("unbiased-k3"), Some(kl::Estimator::K3));
+        assert_eq!((found("k3"), found("k1")), (Some(kl::Estimator::K3), Some(kl::Estimator::K1)));
     }
 }

@@ -1,10 +1,12 @@
 //! The policy's loss.
 
 use fulgurite_credit::kl;
+use fulgurite_sdk::Value;
 use fulgurite_sdk::algorithm::policy::{
     Aggregation, Correction, CorrectionRule, KlEstimator, Loss, RatioLevel, SequenceScope,
 };
-use serde::{Deserialize, Serialize};
+use serde::de::Error;
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::{Filter, above_zero, not_negative, share};
 
@@ -40,7 +42,7 @@ pub enum KlPlacement {
 }
 
 /// The weights π_old/μ on the loss.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum CorrectionChoice {
     /// Per token, truncated at 2, in steps with calls that older weights drew; none where all were drawn by the weights that
@@ -52,6 +54,22 @@ pub enum CorrectionChoice {
     /// This one, always.
     #[serde(untagged)]
     Told(Correction),
+}
+
+impl<'de> Deserialize<'de> for CorrectionChoice {
+    /// By hand, because an untagged enum can only say that nothing has matched.
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let value = Value::deserialize(deserializer)?;
+        let told = match &value {
+            Value::String(word) if word == "auto" => return Ok(Self::Auto),
+            Value::String(word) if word == "none" => return Ok(Self::None),
+            Value::Object(_) => serde_json::from_value(value).map(Self::Told).map_err(|error| error.to_string()),
+            other => Err(format!("{other} is none of its forms")),
+        };
+        let forms =
+            r#""auto", "none", { level = "token", rule = { truncate = 2.0 } } or { rule = { mask = [0.5, 5.0] } }"#;
+        told.map_err(|reason| D::Error::custom(format!("correction: {reason}; use {forms}")))
+    }
 }
 
 /// Keys about the loss. What is none is for the variant to say.
@@ -82,8 +100,9 @@ pub struct LossSection {
     pub aggregation: Option<Aggregation>,
     /// Weight of the KL to the policy that the stage started from. 0 keeps no reference.
     pub kl_coefficient: f32,
-    /// Estimator of that KL: `k1`, `k2`, `k3` or, in the loss only, `unbiased-k3`. None: `unbiased-k3` in the loss, whose
-    /// gradient is right there, and `k1` in the reward, whose mean is right.
+    /// Estimator of that KL: `k1`, `k2`, `k3` or `unbiased-k3`. None: `unbiased-k3` in the loss, whose gradient is right there,
+    /// and `k1` in the reward, whose mean is right. In the reward `unbiased-k3` is `k3`: rewards are made where π_θ is π_old,
+    /// so that the ratio between them, which is all that tells the two apart, is 1.
     pub kl_estimator: Option<KlEstimator>,
     /// Where it is taken off: `loss` or `reward`.
     pub kl_placement: Option<KlPlacement>,
@@ -218,12 +237,7 @@ impl LossSettings {
                 return Err(format!("{field}: use a finite number above 1"));
             }
         }
-        if section.dual_clip.is_some() && self.objective != Objective::Ppo {
-            return Err("dual_clip: only the loss `ppo` has one".to_owned());
-        }
-        if section.ratio_max.is_some() && !matches!(self.objective, Objective::Ppo | Objective::ImportanceSampling) {
-            return Err("ratio_max: only the losses `ppo` and `importance-sampling` have one".to_owned());
-        }
+        self.check_used()?;
         if section.off_policy_mask.is_some_and(|delta| !delta.is_finite()) {
             return Err("off_policy_mask: use a finite number".to_owned());
         }
@@ -240,11 +254,38 @@ impl LossSettings {
         if section.kl_target.is_some() && section.kl_coefficient <= 0.0 {
             return Err("kl_target: give kl_coefficient too, from which the coefficient starts".to_owned());
         }
-        if self.kl_placement == KlPlacement::Reward && self.kl_estimator == KlEstimator::UnbiasedK3 {
-            return Err("kl_estimator: `unbiased-k3` is for the loss; use k1 in the reward".to_owned());
-        }
         if matches!(self.aggregation, Aggregation::Constant(0) | Aggregation::SumConstant(0)) {
             return Err("aggregation.constant: use at least 1".to_owned());
+        }
+        Ok(())
+    }
+
+    /// A key that the loss takes no notice of is a mistake of whoever has set it.
+    fn check_used(&self) -> Result<(), String> {
+        use Objective::{Cispo, ImportanceSampling, Ppo, Reinforce, Sapo};
+        let section = &self.section;
+        for (field, is_set, takes, losses) in [
+            ("clip_low", section.clip_low.is_some(), &[Ppo, Cispo][..], "`ppo` and `cispo`"),
+            ("clip_high", section.clip_high.is_some(), &[Ppo, Cispo], "`ppo` and `cispo`"),
+            ("dual_clip", section.dual_clip.is_some(), &[Ppo], "`ppo`"),
+            ("ratio_max", section.ratio_max.is_some(), &[Ppo, ImportanceSampling], "`ppo` and `importance-sampling`"),
+            (
+                "ratio_level",
+                section.ratio_level.is_some(),
+                &[ImportanceSampling, Ppo, Cispo, Sapo],
+                "those other than `reinforce`, which has no ratio,",
+            ),
+        ] {
+            if is_set && !takes.contains(&self.objective) {
+                let name = match self.objective {
+                    Reinforce => "reinforce",
+                    ImportanceSampling => "importance-sampling",
+                    Ppo => "ppo",
+                    Cispo => "cispo",
+                    Sapo => "sapo",
+                };
+                return Err(format!("{field}: the loss is `{name}`, and only {losses} take it; leave it out"));
+            }
         }
         Ok(())
     }
@@ -275,8 +316,9 @@ impl LossSettings {
         }
         Some(match self.kl_estimator {
             KlEstimator::K2 => kl::Estimator::K2,
-            KlEstimator::K3 => kl::Estimator::K3,
-            KlEstimator::K1 | KlEstimator::UnbiasedK3 => kl::Estimator::K1,
+            // The ratio of `unbiased-k3` is 1 where rewards are made.
+            KlEstimator::K3 | KlEstimator::UnbiasedK3 => kl::Estimator::K3,
+            KlEstimator::K1 => kl::Estimator::K1,
         })
     }
 
