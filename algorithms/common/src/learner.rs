@@ -77,13 +77,15 @@ pub struct Learner {
     pub(crate) state: State,
     /// Items of the step, whose random order is the run's: what is drawn follows from them.
     names: Vec<String>,
+    /// Roles of the calls of the step.
+    pub(crate) roles: BTreeSet<String>,
 }
 
 impl Learner {
     /// Starts a stage, or goes on with one.
     #[must_use]
     pub fn new(settings: Settings, saved: Option<State>) -> Self {
-        Self { settings, state: saved.unwrap_or_default(), names: vec![] }
+        Self { settings, state: saved.unwrap_or_default(), names: vec![], roles: BTreeSet::new() }
     }
 
     /// The config with nothing left open.
@@ -227,6 +229,7 @@ impl Learner {
             let newest = self.state.version_mut(&call.model);
             *newest = call.policy_version.max(*newest);
         }
+        self.roles = rollouts.iter().flat_map(|rollout| &rollout.calls).map(|call| call.agent_role.clone()).collect();
         for (name, value) in rollout::numbers(&rollouts) {
             metrics::scalar(&name, value)?;
         }

@@ -21,6 +21,8 @@ pub struct Call {
     pub id: TransitionId,
     /// Number of its event: where a fork makes it anew.
     pub event: u64,
+    /// The role of the agent that made it.
+    pub agent_role: String,
     /// Whether it is to be trained on.
     pub is_trained: bool,
     /// Tokens that the policy drew.
@@ -158,6 +160,7 @@ impl Call {
         Self {
             id: TransitionId(id.into()),
             event: 0,
+            agent_role: "agent".to_owned(),
             is_trained: true,
             completion_tokens,
             model: Model::Policy,
@@ -172,10 +175,12 @@ impl Call {
         let roles = &section.agent_roles;
         let trains = |role: &str| roles.is_empty() || roles.iter().any(|known| known == role);
         let rewards = transition.rewards().into_iter().filter(|reward| reward.dimension == section.dimension);
+        let agent_role = transition.agent_role();
         Self {
             id: transition.id(),
             event: transition.event(),
-            is_trained: transition.is_trainable() && trains(&transition.agent_role()),
+            is_trained: transition.is_trainable() && trains(&agent_role),
+            agent_role,
             completion_tokens: transition.completion_tokens(),
             model: transition.model(),
             policy_version: transition.policy_version(),

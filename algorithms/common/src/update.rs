@@ -1,6 +1,6 @@
 //! The update loop: mini-batches, optimiser steps, and what they found.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use fulgurite_sdk::algorithm::policy::{self, Entry, Model, Numbers, OptimiserStep};
 use fulgurite_sdk::algorithm::trajectories::TransitionId;
@@ -98,6 +98,9 @@ impl Learner {
 
     /// A step in which no rollout can be trained on is a mistake of the config, unless it is the filter's doing.
     fn nothing_to_train_on(&self) -> Result<(), AlgorithmError> {
+        if let Some(text) = unknown_roles(&self.settings.rollouts.agent_roles, &self.roles) {
+            return Err(AlgorithmError::Other(text));
+        }
         if self.settings.filter == crate::config::Filter::Keep && self.settings.rollouts.staleness_max.is_none() {
             let dimension = &self.settings.rollouts.dimension;
             let text = format!("no rollout of the step has both a call to train on and a reward `{dimension}`");
@@ -221,6 +224,17 @@ impl Round {
     }
 }
 
+/// What is wrong when calls were made, and none of them by an agent that is to be trained.
+fn unknown_roles(wanted: &[String], seen: &BTreeSet<String>) -> Option<String> {
+    if wanted.is_empty() || seen.is_empty() || wanted.iter().any(|role| seen.contains(role)) {
+        return None;
+    }
+    let list =
+        |roles: &mut dyn Iterator<Item = &String>| roles.map(|role| format!("`{role}`")).collect::<Vec<_>>().join(", ");
+    let (wanted, seen) = (list(&mut wanted.iter()), list(&mut seen.iter()));
+    Some(format!("agent_roles: no call of the step is by {wanted}; the roles of its calls are {seen}"))
+}
+
 fn mean(values: &[f64]) -> Option<f64> {
     if values.is_empty() { None } else { Some(fulgurite_credit::statistics::mean(values)) }
 }
@@ -244,6 +258,21 @@ fn scalar(name: &str, value: Option<f64>) -> Result<(), AlgorithmError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_role_that_no_call_has_is_told_with_those_that_were_seen() {
+        let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<String>>();
+        let seen: BTreeSet<String> = names(&["writer", "critic"]).into_iter().collect();
+        let told = unknown_roles(&names(&["writter"]), &seen).unwrap();
+        assert_eq!(
+            told,
+            "agent_roles: no call of the step is by `writter`; the roles of its calls are `critic`, `writer`"
+        );
+        for known in [&[][..], &["writer"], &["writter", "critic"]] {
+            assert_eq!(unknown_roles(&names(known), &seen), None);
+        }
+        assert_eq!(unknown_roles(&names(&["writer"]), &BTreeSet::new()), None, "there were no calls at all");
+    }
 
     #[test]
     fn numbers_of_several_batches_become_one() {
