@@ -140,3 +140,24 @@ async fn rows_and_micro_batches_change_nothing() {
         }
     }
 }
+
+/// A fork whose tokens are not trained on, because it was not graded, changes no bit of the gradient of what was rolled out from
+/// the start: calls of its prefix are the ancestor's, and weigh what they weigh without it.
+#[tokio::test]
+async fn forking_without_added_weights_changes_no_gradient() {
+    let forked = plugins().into_iter().find(|case| case.name.starts_with("trees whose forks were not graded")).unwrap();
+    let mut plain = forked.clone();
+    plain.rollouts.retain(|rollout| rollout.fork.is_none());
+    plain.config["rounds"] = 0.into();
+    let tokens: usize = plain.rollouts.iter().flat_map(|rollout| &rollout.calls).map(|call| call.log_probs.len()).sum();
+    plain.tables.iter_mut().for_each(|table| table.truncate(tokens));
+    let with = run(&forked, &Variation::default()).await.policy_steps();
+    let without = run(&plain, &Variation::default()).await.policy_steps();
+    assert!(!without.is_empty() && with.len() == without.len());
+    for (with, without) in with.iter().zip(&without) {
+        assert_eq!(with.loss.to_bits(), without.loss.to_bits());
+        assert_eq!(with.d_log_probs[..tokens], without.d_log_probs[..]);
+        assert!(with.d_log_probs.len() > tokens && with.d_log_probs[tokens..].iter().all(|slope| *slope == 0.0));
+        assert!(without.d_log_probs.iter().any(|slope| *slope != 0.0));
+    }
+}

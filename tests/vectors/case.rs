@@ -42,10 +42,27 @@ pub(crate) struct Case {
 pub(crate) struct Rollout {
     #[serde(default)]
     pub(crate) group: u64,
+    /// Where it was forked: it is there only for a plugin that asks for this fork.
+    #[serde(default)]
+    pub(crate) fork: Option<Fork>,
+    /// False: it failed for a reason that is not the policy's.
+    #[serde(default = "yes")]
+    pub(crate) graded: bool,
     /// Rewards of the whole rollout, by dimension.
     #[serde(default)]
     pub(crate) rewards: Vec<(String, f64)>,
     pub(crate) calls: Vec<Call>,
+}
+
+/// What a fork has in common with another rollout: the calls before this one, which are the ancestor's and not repeated in
+/// the fork's own list.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Fork {
+    /// The ancestor, as its place in the case.
+    pub(crate) of: usize,
+    /// The call of the ancestor's own list that is made anew.
+    pub(crate) at: usize,
 }
 
 /// One call of a rollout.
@@ -69,6 +86,10 @@ pub(crate) struct Call {
 
 fn agent() -> String {
     "agent".to_owned()
+}
+
+const fn yes() -> bool {
+    true
 }
 
 /// What an optimiser step of the policy must find.
@@ -152,7 +173,7 @@ impl LossVector {
         let mut at = 0;
         for (number, calls) in sequences.iter().enumerate() {
             let group = self.groups.get(number).copied();
-            let mut rollout = Rollout { group: 0, rewards: vec![], calls: vec![] };
+            let mut rollout = Rollout { group: 0, fork: None, graded: true, rewards: vec![], calls: vec![] };
             for (index, count) in calls.iter().enumerate() {
                 let tokens = at..at + count;
                 at += count;

@@ -1,6 +1,6 @@
 //! The host's side of an algorithm over a table policy: given trajectories, given log-probs, real rows, real losses.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 
 use fulgurite_adapter::{Pool, Transition};
@@ -19,7 +19,7 @@ use fulgurite_core::training::{
 use fulgurite_policy::PolicyError;
 use fulgurite_policy::table::{Table, TablePolicy};
 
-use super::case::{Case, Variation};
+use super::case::{Case, Fork, Variation};
 
 /// Log-prob of whatever was not drawn: nothing may depend on it.
 const CONTEXT: u32 = 0;
@@ -43,9 +43,16 @@ struct State {
     critic: Vec<f32>,
     critic_gradient: Option<Vec<f64>>,
     pool: Pool,
+    /// All rollouts of the case, in its order.
     views: Vec<TrajectoryView>,
-    /// Version of the policy that they were last told to: each step is told once.
+    /// Those that are forks, by their places in the case.
+    forks: BTreeMap<usize, Fork>,
+    /// What was enqueued.
+    batches: Vec<Vec<GroupSpec>>,
+    /// Version of the policy that those from the start were last told to: each step is told once.
     served: Option<u64>,
+    /// Version of the policy, and the forks that were told to it.
+    served_forks: (u64, BTreeSet<usize>),
     loss: f64,
     version: u64,
     critic_steps: usize,
@@ -129,6 +136,39 @@ impl TableHost {
     }
 }
 
+impl State {
+    /// The rollouts from the start, once per version of the policy.
+    fn roots(&mut self) -> Vec<TrajectoryView> {
+        if self.served.replace(self.version) == Some(self.version) {
+            return vec![];
+        }
+        let is_root = |place: &usize| !self.forks.contains_key(place);
+        (0..self.views.len()).filter(is_root).map(|place| self.views[place].clone()).collect()
+    }
+
+    /// The rollouts of a group that was enqueued as the given place of its list: as many forks of this kind as it asks for.
+    fn forked(&mut self, group: u64, spec: &GroupSpec) -> Result<Vec<TrajectoryView>, AlgorithmHostError> {
+        let Some(asked) = &spec.fork_of else {
+            return Err(AlgorithmHostError::Unsupported("no vector rolls out and forks in one batch".to_owned()));
+        };
+        if self.served_forks.0 != self.version {
+            self.served_forks = (self.version, BTreeSet::new());
+        }
+        let is_asked = |fork: &Fork| {
+            let ancestor = &self.views[fork.of];
+            ancestor.rollout == asked.rollout && ancestor.transitions[fork.at].event == asked.event
+        };
+        let free = self.forks.iter().filter(|(place, fork)| is_asked(fork) && !self.served_forks.1.contains(place));
+        let places: Vec<usize> = free.map(|(place, _)| *place).take(spec.count as usize).collect();
+        if places.len() < spec.count as usize {
+            let text = format!("the case has too few forks of {} at event {}", asked.rollout, asked.event);
+            return Err(AlgorithmHostError::InvalidArgument(text));
+        }
+        self.served_forks.1.extend(&places);
+        Ok(places.into_iter().map(|place| TrajectoryView { group, ..self.views[place].clone() }).collect())
+    }
+}
+
 #[expect(clippy::needless_pass_by_value, reason = "used as a function of map_err")]
 fn refused(error: PolicyError) -> AlgorithmHostError {
     AlgorithmHostError::InvalidArgument(error.to_string())
@@ -142,6 +182,8 @@ fn build(case: &Case, variation: &Variation, state: &mut State) {
         let id = RolloutId::new(format!("rollout-{place:04}")).unwrap();
         let mut seen: Vec<u32> = vec![];
         let mut transitions = vec![];
+        // A fork's own calls are counted behind those of its prefix.
+        let first = rollout.fork.map_or(0, |fork| state.views[fork.of].transitions[fork.at].call_index);
         for (index, call) in rollout.calls.iter().enumerate() {
             let continues = call.continues || variation.merges;
             let observed_from = if continues { seen.len() } else { 0 };
@@ -167,8 +209,8 @@ fn build(case: &Case, variation: &Variation, state: &mut State) {
             transitions.push(Transition {
                 // As the runner makes them: rollout, attempt, call.
                 id: TransitionId(format!("{number}/{index}")),
-                call_index: index as u64,
-                event: index as u64 + 1,
+                call_index: first + index as u64,
+                event: first + index as u64 + 1,
                 agent_role: call.role.clone(),
                 tokens: Some(tokens),
                 cut_tokens: 0,
@@ -176,17 +218,22 @@ fn build(case: &Case, variation: &Variation, state: &mut State) {
                 observed_from,
                 temperature: 1.0,
                 not_trainable: None,
-                rewards: call.rewards.iter().map(|(dimension, value)| reward(dimension, *value, Some(index))).collect(),
+                rewards: call
+                    .rewards
+                    .iter()
+                    .map(|(dimension, value)| reward(dimension, *value, Some(first + index as u64)))
+                    .collect(),
                 text: String::new(),
                 origin: None,
             });
         }
+        state.forks.extend(rollout.fork.map(|fork| (number, fork)));
         state.views.push(TrajectoryView {
             rollout: id.clone(),
             group: rollout.group,
             item_id: format!("item-{}", rollout.group),
             outcome: OutcomeKind::Completed,
-            graded: true,
+            graded: rollout.graded,
             // All of them, those of calls included, as the real host tells.
             rewards: (rollout.rewards.iter().map(|(dimension, value)| reward(dimension, *value, None)))
                 .chain(transitions.iter().flat_map(|transition| transition.rewards.clone()))
@@ -199,14 +246,14 @@ fn build(case: &Case, variation: &Variation, state: &mut State) {
     }
 }
 
-fn reward(dimension: &str, value: f64, call: Option<usize>) -> Reward {
+fn reward(dimension: &str, value: f64, call: Option<u64>) -> Reward {
     Reward {
         dimension: dimension.to_owned(),
         value,
         feedback: None,
         source: RewardSource::Grader,
         component: None,
-        call_index: call.map(|call| call as u64),
+        call_index: call,
     }
 }
 
@@ -257,15 +304,22 @@ impl AlgorithmHost for TableHost {
         Box::pin(std::future::ready(Ok((0..count).map(item).collect())))
     }
 
-    fn enqueue(&self, _: Vec<GroupSpec>) -> Verb<'_, u64> {
-        Box::pin(std::future::ready(Ok(0)))
+    fn enqueue(&self, groups: Vec<GroupSpec>) -> Verb<'_, u64> {
+        self.with(|state| {
+            state.batches.push(groups);
+            Ok(state.batches.len() as u64 - 1)
+        })
     }
 
-    fn await_batch(&self, _: u64, _: WaitFor, _: Option<u64>) -> Verb<'_, Vec<TrajectoryView>> {
+    /// Rollouts from the start are those of the case, whatever was enqueued; forks are those that were asked for.
+    fn await_batch(&self, batch: u64, _: WaitFor, _: Option<u64>) -> Verb<'_, Vec<TrajectoryView>> {
         self.with(|state| {
-            let is_new = state.served != Some(state.version);
-            state.served = Some(state.version);
-            Ok(if is_new { state.views.clone() } else { vec![] })
+            let groups = state.batches[usize::try_from(batch).unwrap()].clone();
+            if groups.iter().all(|group| group.fork_of.is_none()) {
+                return Ok(state.roots());
+            }
+            let forked = (0_u64..).zip(&groups).map(|(place, group)| state.forked(place, group));
+            Ok(forked.collect::<Result<Vec<_>, _>>()?.concat())
         })
     }
 
