@@ -29,7 +29,7 @@ pub struct Config {
     pub whiten: bool,
     /// `bootstrap` or `terminal`. `bootstrap`.
     pub truncation: Truncation,
-    /// Step size of the critic. 1e-3: right for tiny models from scratch; 1e-5 for large models.
+    /// Step size of the critic. 3e-4: right for tiny models from scratch; 1e-5 for large models.
     pub critic_learning_rate: f64,
     /// The critic's values are kept so near to those that the returns were estimated with, in units of the reward. 0.2; none
     /// does not clip.
@@ -46,7 +46,7 @@ impl Default for Config {
             lambda: 1.0,
             whiten: true,
             truncation: Truncation::Bootstrap,
-            critic_learning_rate: 1e-3,
+            critic_learning_rate: 3e-4,
             value_clip: Some(0.2),
             critic_warm_up_steps: 0,
         }

@@ -12,7 +12,7 @@ use crate::example::Example;
 
 /// Updates of every variant: batches of 128 rollouts.
 const STEPS: i64 = 50;
-/// Rollouts of a step.
+/// Items of a step, of 8 rollouts each.
 const GROUPS_PER_STEP: i64 = 16;
 /// Optimiser steps of a batch: from the second one on ratios differ from 1.
 const MINI_BATCHES: i64 = 4;
@@ -45,7 +45,8 @@ const VARIANTS: [Variant; 14] = [
     variant("gspo", "grpo", "variant = 'gspo'", true),
     variant("cispo", "grpo", "variant = 'cispo'", true),
     variant("sapo", "grpo", "variant = 'sapo'", false),
-    variant("ppo", "ppo", "", true),
+    // A group means nothing to it: it is shown as many items as rollouts.
+    variant("ppo", "ppo", "group_size = 1\ngroups_per_step = 128", true),
     variant("turn-discount", "step_credit", "method = 'turn-discount'", true),
     variant("gigpo", "step_credit", "method = 'gigpo'", true),
     variant("tree-grpo", "tree_grpo", "", true),
@@ -85,9 +86,10 @@ fn change(config: &mut toml::Table, is_shuffled: bool) {
 }
 
 fn section(variant: &Variant, stage: &toml::Table) -> toml::Table {
-    let mut settings = variant.control.settings();
+    let mut settings = toml::Table::new();
     settings.insert("steps".to_owned(), STEPS.into());
     settings.insert("groups_per_step".to_owned(), GROUPS_PER_STEP.into());
+    settings.extend(variant.control.settings());
     settings.insert("learning_rate".to_owned(), LEARNING_RATE.into());
     // Without a ratio there is nothing that a second step on the same rollouts could correct.
     if variant.control.name != "reinforce" {

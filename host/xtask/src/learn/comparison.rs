@@ -22,7 +22,8 @@ const STEPS: i64 = 100_000;
 const CONTROLS: [Control; 4] = [
     Control { name: "grpo", plugin: "grpo", config: "" },
     Control { name: "rloo", plugin: "rloo", config: "" },
-    Control { name: "ppo", plugin: "ppo", config: "" },
+    // A group means nothing to it: it is shown as many items as the others make rollouts.
+    Control { name: "ppo", plugin: "ppo", config: "group_size = 1\ngroups_per_step = 128" },
     // Four roots and a fork of each are eight rollouts of an item, as many as the others make.
     Control { name: "tree-grpo", plugin: "tree_grpo", config: "group_size = 4\nrounds = 1\nforks_per_tree = 1" },
 ];
