@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::device::PolicyDevice;
+use crate::device::{DevicePrecision, PolicyDevice};
 use crate::error::PolicyError;
 use crate::lora::{LoraConfig, names_problem};
 use crate::shape::{ModelShape, RopeScaling};
@@ -62,8 +62,12 @@ pub struct PolicyConfig {
     /// Where the sizes of a model with random weights come from. `tiny`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub preset: Option<Preset>,
-    /// What runs training: `auto`, `cpu` (this crate's kernels), `cuda`, `cuda:N`, `wgpu`, `wgpu:N` or `flex` (burn on the CPU). `cpu`.
+    /// What trains and generates: `auto`, `cpu` (this crate's kernels), `cuda`, `cuda:N`, `wgpu`, `wgpu:N` or `flex` (burn on
+    /// the CPU). `cpu`.
     pub device: PolicyDevice,
+    /// Numbers of the device's weights, products, keys and values: `f32` or `bf16`. Masters and optimiser are f32 in any case, and
+    /// so are norms and softmaxes. Not for device `cpu`. `f32`.
+    pub device_precision: DevicePrecision,
     /// Width of the residual stream; a multiple of `heads`.
     pub d_model: Option<usize>,
     /// Decoder layers.
@@ -95,9 +99,9 @@ pub struct PolicyConfig {
     /// Whether training keeps only the inputs of layers and computes the rest again for the backward pass: about a third
     /// more arithmetic, same bits, and activations of one layer instead of all. On device `cpu`. Off.
     pub gradient_checkpointing: bool,
-    /// Memory for the logits of one micro-batch on device `cpu`, in bytes; the loss goes over more in pieces. 64 MiB: all of
-    /// a micro-batch at small vocabularies, some hundred tokens at the largest. Changing it changes the last bits of a
-    /// gradient where a micro-batch does not fit.
+    /// Memory for the logits of one micro-batch, in bytes; the loss goes over more in pieces. Other devices than `cpu` need
+    /// some five times as much for what is computed of them. 64 MiB: all of a micro-batch at small vocabularies, some hundred
+    /// tokens at the largest. Changing it changes the last bits of a gradient where a micro-batch does not fit.
     pub logits_bytes_max: usize,
     /// Train adapters over frozen weights: `[policy.local.lora]` of a run's config. None: all weights are trained.
     #[serde(skip)]
@@ -140,6 +144,7 @@ impl Default for PolicyConfig {
             directory: None,
             preset: None,
             device: PolicyDevice::Cpu,
+            device_precision: DevicePrecision::F32,
             d_model: None,
             layers: None,
             heads: None,

@@ -4,11 +4,14 @@
 //! whether one can be used is found out when the engine starts, because a build for a GPU server also runs on a laptop.
 
 use burn::prelude::Device;
+use burn::tensor::DType;
 use serde::{Deserialize, Serialize};
 
+use crate::config::invalid;
 use crate::error::PolicyError;
+use crate::model::DeviceModels;
 
-/// What runs the model's training. Generation uses the sampler's kernels on the CPU with each of them.
+/// What runs the model: training and generation alike.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum PolicyDevice {
@@ -18,12 +21,43 @@ pub enum PolicyDevice {
     /// Kernels of this crate: the same that sample, so that log-probs of sampling and training are equal bit by bit.
     #[default]
     Cpu,
-    /// burn's CPU backend with its autodiff: slower, and the operations that burn's GPU backends run.
+    /// burn's CPU backend with its autodiff: slower, and the operations that burn's GPU backends run. To test those.
     Flex,
     /// An NVIDIA GPU, by its number from 0.
     Cuda(u16),
     /// A GPU through Vulkan, Metal or DirectX, by its number from 0.
     Wgpu(u16),
+}
+
+/// In which numbers a device holds its copy of the weights, multiplies, and keeps keys and values.
+///
+/// Master weights, gradients' sums and the optimiser are f32 on the host in any case; so are, on the device, the residual
+/// stream, norms, softmax and log-softmax.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DevicePrecision {
+    /// 32 bits.
+    #[default]
+    F32,
+    /// 16 bits with the range of f32 and 8 bits of precision: half the memory, and what a GPU multiplies fastest.
+    Bf16,
+}
+
+impl DevicePrecision {
+    /// Bytes of one number.
+    pub(crate) fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 => 2,
+        }
+    }
+
+    pub(crate) fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+        }
+    }
 }
 
 /// Most GPUs that a number may name: more than any machine has.
@@ -85,7 +119,7 @@ pub struct DeviceFinding {
     pub found: String,
 }
 
-/// What trains.
+/// What computes.
 #[derive(Debug, Clone)]
 pub(crate) enum Backend {
     /// The kernels of this crate.
@@ -97,8 +131,39 @@ pub(crate) enum Backend {
 impl Backend {
     /// Whether all workers would share one device, which runs one thing at a time: then there is one worker.
     pub(crate) fn is_shared(&self) -> bool {
-        matches!(self, Self::Burn(device) if *device != Device::flex())
+        matches!(self, Self::Burn(device) if !is_host(device))
     }
+
+    /// What is on its device, in some numbers; nothing on the kernels.
+    pub(crate) fn models(&self, precision: DevicePrecision) -> Option<DeviceModels> {
+        match self {
+            Self::Kernels => None,
+            Self::Burn(device) => Some(DeviceModels::new(device.clone(), precision)),
+        }
+    }
+
+    /// Checks that it has the numbers that a config asks for.
+    ///
+    /// # Errors
+    /// [`PolicyError::InvalidConfig`] when it has not.
+    pub(crate) fn check_precision(&self, asked: PolicyDevice, precision: DevicePrecision) -> Result<(), PolicyError> {
+        if precision == DevicePrecision::F32 {
+            return Ok(());
+        }
+        let reason = match self {
+            Self::Kernels => format!("device `{asked}` computes in f32 here: leave the field out, or use a GPU"),
+            Self::Burn(device) if !device.supports_dtype(precision.dtype()) => {
+                format!("device `{asked}` cannot multiply such numbers: leave the field out, or use `cuda`")
+            }
+            Self::Burn(_) => return Ok(()),
+        };
+        Err(invalid("device_precision", "bf16", &reason))
+    }
+}
+
+/// Whether a device of burn's is the CPU.
+pub(crate) fn is_host(device: &Device) -> bool {
+    *device == Device::flex()
 }
 
 impl PolicyDevice {
