@@ -11,7 +11,7 @@ use crate::device_loss;
 use crate::error::PolicyError;
 use crate::kernel;
 use crate::loss::{Seen, Slopes};
-use crate::model::Model;
+use crate::model::{Gradient, Model};
 use crate::parameters::Values;
 use crate::rotary::RotaryTable;
 use crate::support::Support;
@@ -117,7 +117,16 @@ pub(crate) enum Compute<'a> {
     /// The sampler's kernels.
     Kernels(&'a PackedModels, Box<Workspace>, Bounds),
     /// burn, with the reference behind it.
-    Device(Box<Model>, Option<Box<Model>>, Bounds),
+    Device(Box<OnDevice>),
+}
+
+/// The model on a device, with what it gathers.
+pub(crate) struct OnDevice {
+    model: Model,
+    reference: Option<Model>,
+    bounds: Bounds,
+    /// Stays on the device until it is [collected](Compute::collect).
+    gradient: Gradient,
 }
 
 fn failed(error: impl std::fmt::Display) -> PolicyError {
@@ -132,15 +141,23 @@ impl<'a> Compute<'a> {
 
     /// On a device of burn's.
     pub(crate) fn device(model: &Model, reference: Option<&Model>, tracked: bool, bounds: Bounds) -> Self {
-        let reference = reference.map(|reference| Box::new(reference.for_training(false)));
-        Self::Device(Box::new(model.for_training(tracked)), reference, bounds)
+        let (model, reference) = (model.for_training(tracked), reference.map(|model| model.for_training(false)));
+        Self::Device(Box::new(OnDevice { model, reference, bounds, gradient: Gradient::default() }))
+    }
+
+    /// Adds what a device has gathered to the gradient: after the last micro-batch that is to be in it.
+    pub(crate) fn collect(&mut self, gradient: Option<&mut Values>) -> Result<(), PolicyError> {
+        match (self, gradient) {
+            (Self::Device(device), Some(gradient)) => device.gradient.take(gradient).map_err(failed),
+            _ => Ok(()),
+        }
     }
 
     /// The memory, for the next worker.
     pub(crate) fn into_workspace(self) -> Option<Box<Workspace>> {
         match self {
             Self::Kernels(_, workspace, _) => Some(workspace),
-            Self::Device(..) => None,
+            Self::Device(_) => None,
         }
     }
 
@@ -155,10 +172,10 @@ impl<'a> Compute<'a> {
             Self::Kernels(packed, workspace, bounds) => {
                 kernel_logits(packed, workspace, *bounds, sources, None, &mut |_, logits, _| visit(logits));
             }
-            Self::Device(model, _, bounds) => {
-                let normed = device_loss::pass(model, sources, rotary).normed.inner();
-                for tokens in device_loss::parts(sources.at.len(), bounds.logits_tokens_max) {
-                    let logits = model.logits(normed.clone().slice_dim(0, tokens)).into_data();
+            Self::Device(device) => {
+                let normed = device_loss::pass(&device.model, sources, rotary).normed.inner();
+                for tokens in device_loss::parts(sources.at.len(), device.bounds.logits_tokens_max) {
+                    let logits = device.model.logits(normed.clone().slice_dim(0, tokens)).into_data();
                     visit(&logits.try_into_vec::<f32>().map_err(failed)?);
                 }
             }
@@ -167,7 +184,7 @@ impl<'a> Compute<'a> {
     }
 
     /// Shows what the model says of the token behind each source to `visit`, in order, and adds the gradient of every trained
-    /// weight when there is one to add to.
+    /// weight when there is one to add to: at once, or on a device when it is [collected](Self::collect).
     pub(crate) fn tokens(
         &mut self,
         sources: Sources<'_>,
@@ -185,9 +202,10 @@ impl<'a> Compute<'a> {
                 });
                 Ok(())
             }
-            Self::Device(model, reference, bounds) => {
-                let models = (&**model, reference.as_deref());
-                let limits = (rotary, bounds.logits_tokens_max);
+            Self::Device(device) => {
+                let models = (&device.model, device.reference.as_ref());
+                let limits = (rotary, device.bounds.logits_tokens_max);
+                let gradient = gradient.map(|_| &mut device.gradient);
                 device_loss::tokens(models, sources, asked, limits, gradient, visit)
             }
         }

@@ -113,7 +113,7 @@ impl From<PolicyDevice> for String {
 pub struct DeviceFinding {
     /// Its name in a config.
     pub device: PolicyDevice,
-    /// Whether a policy can be trained on it.
+    /// Whether a policy can be trained on it and answer on it.
     pub usable: bool,
     /// What was found, or why it cannot be used and what to do.
     pub found: String,
@@ -179,7 +179,7 @@ impl PolicyDevice {
             Self::Cuda(index) => CUDA.open(index).map(Backend::Burn).map_err(unusable),
             Self::Wgpu(index) => WGPU.open(index).map(Backend::Burn).map_err(unusable),
             Self::Auto => {
-                let gpu = CUDA.open(0).or_else(|_| WGPU.open(0));
+                let gpu = CUDA.first_real().or_else(|| WGPU.first_real());
                 Ok(gpu.map_or(Backend::Kernels, Backend::Burn))
             }
         }
@@ -198,7 +198,7 @@ impl PolicyDevice {
         let gpu = |device, kind: GpuKind| {
             let all = kind.all();
             let usable = all.is_ok();
-            DeviceFinding { device, usable, found: all.map_or_else(|why| why, |all| format!("{} found", all.len())) }
+            DeviceFinding { device, usable, found: all.map_or_else(|why| why, |all| found(&all)) }
         };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         vec![
@@ -247,11 +247,37 @@ impl GpuKind {
         if found.is_empty() { Err(self.missing.to_owned()) } else { Ok(found) }
     }
 
+    /// The first one that is not emulated.
+    fn first_real(&self) -> Option<Device> {
+        self.all().ok()?.into_iter().find(|device| !is_emulated(device))
+    }
+
     fn open(&self, index: u16) -> Result<Device, String> {
         let found = self.all()?;
         let count = found.len();
         found.into_iter().nth(usize::from(index)).ok_or_else(|| format!("there are {count}, numbered from 0"))
     }
+}
+
+/// What is said of devices of one kind, of which there is at least one.
+fn found(all: &[Device]) -> String {
+    match all.iter().filter(|device| is_emulated(device)).count() {
+        0 => format!("{} found", all.len()),
+        emulated if emulated == all.len() => "emulated on the CPU; `auto` does not take it".to_owned(),
+        emulated => format!("{} found, {emulated} of them emulated on the CPU", all.len()),
+    }
+}
+
+/// Whether a GPU is one that the CPU plays, such as Mesa's lavapipe: right, and slower than device `cpu`.
+#[cfg(feature = "wgpu")]
+fn is_emulated(device: &Device) -> bool {
+    *device == Device::wgpu(burn::tensor::DeviceKind::Cpu)
+}
+
+/// Without wgpu there are none.
+#[cfg(not(feature = "wgpu"))]
+fn is_emulated(_: &Device) -> bool {
+    false
 }
 
 /// Asks burn which devices of a kind there are. Drivers that are missing or broken make some of its backends panic; that is

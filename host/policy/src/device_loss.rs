@@ -12,12 +12,15 @@ use burn::prelude::*;
 use burn::tensor::{DType, IndexingUpdateOp};
 
 use crate::compute::{Asked, Sources, VisitToken};
+use crate::device::is_host;
 use crate::error::PolicyError;
 use crate::loss::{Seen, Slopes};
-use crate::model::{MASKED, Model, Pass, floats, index, indices};
-use crate::parameters::Values;
+use crate::model::{Gradient, MASKED, Model, Pass, floats, index, indices};
 use crate::rotary::RotaryTable;
 use crate::support::Support;
+
+/// Lengths of rows on a GPU are multiples of this.
+const LENGTH_STEP: usize = 32;
 
 fn failed(error: impl std::fmt::Display) -> PolicyError {
     PolicyError::Internal(error.to_string())
@@ -26,6 +29,12 @@ fn failed(error: impl std::fmt::Display) -> PolicyError {
 /// The pass of a model over rows.
 pub(crate) fn pass(model: &Model, sources: Sources<'_>, rotary: &RotaryTable) -> Pass {
     let Sources { rows, at, length } = sources;
+    // A GPU compiles and tunes for every new length: there are few.
+    let length = if is_host(&model.device) {
+        length
+    } else {
+        length.next_multiple_of(LENGTH_STEP).min(model.shape.context_tokens_max.max(length))
+    };
     // Padding stands behind the row, where causal attention never looks.
     let padded = rows.iter().flat_map(|row| row.iter().copied().chain(std::iter::repeat(0)).take(length));
     let ids = padded.map(|id| index(id as usize)).collect();
@@ -39,13 +48,13 @@ pub(crate) fn parts(count: usize, most: usize) -> impl Iterator<Item = Range<usi
     (0..count).step_by(most).map(move |first| first..count.min(first + most))
 }
 
-/// Shows every asked token to `visit`, and adds the gradient of every weight when there is one to add to.
+/// Shows every asked token to `visit`, and adds to the gradient of every weight where one is gathered.
 pub(crate) fn tokens(
     (model, reference): (&Model, Option<&Model>),
     sources: Sources<'_>,
     asked: &[Asked<'_>],
     (rotary, tokens_max): (&RotaryTable, usize),
-    gradient: Option<&mut Values>,
+    gradient: Option<&mut Gradient>,
     visit: VisitToken<'_>,
 ) -> Result<(), PolicyError> {
     let reference = reference.map(|model| (model, pass(model, sources, rotary).normed.inner()));
@@ -90,10 +99,10 @@ pub(crate) fn tokens(
             });
         }
     }
-    match gradient {
-        Some(gradient) => model.backward(pass, Tensor::cat(d_normed, 0), d_head, gradient).map_err(failed),
-        None => Ok(()),
+    if let (Some(gradient), false) = (gradient, d_normed.is_empty()) {
+        model.backward(pass, Tensor::cat(d_normed, 0), d_head, gradient);
     }
+    Ok(())
 }
 
 /// What some tokens' softmaxes run over.

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use burn::prelude::*;
 use burn::tensor::activation::silu;
-use burn::tensor::{DType, DataError, Gradients, TensorData};
+use burn::tensor::{DType, DataError, Gradients, IndexingUpdateOp, TensorData};
 
 use crate::device::DevicePrecision;
 use crate::parameters::{Parameters, Values};
@@ -225,69 +225,82 @@ impl Model {
 
     /// Runs backward from `d loss / d normed`, `[selected, d_model]`, and adds the gradient of every weight to `sums`.
     /// `d_head` is that of the output projection, in its layout in memory.
-    pub(crate) fn backward(
-        &self,
-        pass: Pass,
-        d_normed: Tensor<2>,
-        d_head: Option<Tensor<2>>,
-        sums: &mut Values,
-    ) -> Result<(), DataError> {
+    pub(crate) fn backward(&self, pass: Pass, d_normed: Tensor<2>, d_head: Option<Tensor<2>>, sums: &mut Gradient) {
         // The gradient of this sum with respect to the hidden states is the seed.
         let mut gradients = (pass.normed * d_normed).sum().backward();
-        let mut sums = sums.iter_mut();
-        let d_embedding = sums.next();
-        let mut layers = sums;
-        let mut add = |gradient: Option<TensorData>| add(layers.next(), gradient);
+        let mut at = 0;
+        let mut next = |gradient| {
+            at += 1;
+            sums.add(at, gradient);
+        };
         for layer in &self.layers {
-            layer.gradients(&mut gradients, &mut add)?;
+            layer.gradients(&mut gradients, &mut next);
         }
-        add(taken(&self.norm, &mut gradients))?;
-        let d_rows = pass.embedded.grad_remove(&mut gradients).map(f32_data);
-        let d_head = d_head.map(f32_data);
+        next(taken(&self.norm, &mut gradients));
+        let d_head = d_head.map(flat);
         if self.head.is_some() {
-            add(d_head)?;
-            add_rows(d_embedding, &pass.ids, self.shape.d_model, d_rows)
+            next(d_head);
         } else {
-            let Some(d_embedding) = d_embedding else { return Ok(()) };
-            self::add(Some(d_embedding), d_head)?;
-            add_rows(Some(d_embedding), &pass.ids, self.shape.d_model, d_rows)
+            sums.add(0, d_head);
+        }
+        if let Some(d_rows) = pass.embedded.grad_remove(&mut gradients) {
+            sums.add_rows(pass.ids, d_rows, self.shape.vocabulary);
         }
     }
 }
 
-fn f32_data<const D: usize>(tensor: Tensor<D>) -> TensorData {
-    tensor.cast(DType::F32).into_data()
-}
+/// Sums of gradients on a device, f32, each as one list, in the order of the master weights.
+#[derive(Debug, Default)]
+pub(crate) struct Gradient(Vec<Option<Tensor<1>>>);
 
-fn taken<const D: usize>(weight: &Tensor<D>, gradients: &mut Gradients) -> Option<TensorData> {
-    weight.grad_remove(gradients).map(f32_data)
-}
+impl Gradient {
+    fn slot(&mut self, at: usize) -> Option<&mut Option<Tensor<1>>> {
+        if self.0.len() <= at {
+            self.0.resize(at + 1, None);
+        }
+        self.0.get_mut(at)
+    }
 
-fn add(sums: Option<&mut Vec<f32>>, gradient: Option<TensorData>) -> Result<(), DataError> {
-    if let (Some(sums), Some(gradient)) = (sums, gradient) {
-        for (sum, gradient) in sums.iter_mut().zip(gradient.try_into_vec::<f32>()?) {
-            *sum += gradient;
+    fn add(&mut self, at: usize, gradient: Option<Tensor<1>>) {
+        if let (Some(slot), Some(gradient)) = (self.slot(at), gradient) {
+            *slot = Some(match slot.take() {
+                Some(sum) => sum + gradient,
+                None => gradient,
+            });
         }
     }
-    Ok(())
-}
 
-/// Adds the gradient of each token's row of the embedding to that of the embedding.
-fn add_rows(
-    sums: Option<&mut Vec<f32>>,
-    ids: &[i32],
-    width: usize,
-    gradient: Option<TensorData>,
-) -> Result<(), DataError> {
-    if let (Some(sums), Some(gradient)) = (sums, gradient) {
-        for (id, row) in ids.iter().zip(gradient.try_into_vec::<f32>()?.chunks_exact(width.max(1))) {
-            let id = usize::try_from(*id).unwrap_or(0);
-            for (sum, gradient) in sums.iter_mut().skip(id * width).zip(row) {
+    /// Adds the gradient of each token's row to that of the embedding.
+    fn add_rows(&mut self, ids: Vec<i32>, rows: Tensor<2>, vocabulary: usize) {
+        let ([count, width], device) = (rows.dims(), rows.device());
+        let Some(slot) = self.slot(0) else { return };
+        let sum = match slot.take() {
+            Some(sum) => sum.reshape([vocabulary, width]),
+            None => Tensor::zeros([vocabulary, width], (&device, DType::F32)),
+        };
+        let sum = sum.select_assign(0, indices(ids, [count], &device), rows, IndexingUpdateOp::Add);
+        *slot = Some(flat(sum));
+    }
+
+    /// Takes the sums off the device and adds them to the host's.
+    pub(crate) fn take(&mut self, sums: &mut Values) -> Result<(), DataError> {
+        for (sums, gradient) in sums.iter_mut().zip(std::mem::take(&mut self.0)) {
+            let Some(gradient) = gradient else { continue };
+            for (sum, gradient) in sums.iter_mut().zip(gradient.into_data().try_into_vec::<f32>()?) {
                 *sum += gradient;
             }
         }
+        Ok(())
     }
-    Ok(())
+}
+
+fn flat<const D: usize>(tensor: Tensor<D>) -> Tensor<1> {
+    let len = tensor.shape().num_elements();
+    tensor.cast(DType::F32).reshape([len])
+}
+
+fn taken<const D: usize>(weight: &Tensor<D>, gradients: &mut Gradients) -> Option<Tensor<1>> {
+    weight.grad_remove(gradients).map(flat)
 }
 
 fn leaf<const D: usize>(weight: &Tensor<D>, tracked: bool) -> Tensor<D> {
@@ -314,24 +327,19 @@ impl Layer {
     }
 
     /// Hands over the gradients in the order of the master weights.
-    fn gradients(
-        &self,
-        gradients: &mut Gradients,
-        add: &mut impl FnMut(Option<TensorData>) -> Result<(), DataError>,
-    ) -> Result<(), DataError> {
-        add(taken(&self.attention_norm, gradients))?;
+    fn gradients(&self, gradients: &mut Gradients, next: &mut impl FnMut(Option<Tensor<1>>)) {
+        next(taken(&self.attention_norm, gradients));
         for weight in [&self.query, &self.key, &self.value, &self.attention_out] {
-            add(taken(weight, gradients))?;
+            next(taken(weight, gradients));
         }
-        add(taken(&self.mlp_norm, gradients))?;
+        next(taken(&self.mlp_norm, gradients));
         for weight in [&self.gate, &self.up, &self.down] {
-            add(taken(weight, gradients))?;
+            next(taken(weight, gradients));
         }
         let biases = self.biases.iter().flatten().chain(&self.out_bias);
         for weight in biases.chain(self.head_norms.iter().flatten()) {
-            add(taken(weight, gradients))?;
+            next(taken(weight, gradients));
         }
-        Ok(())
     }
 
     /// Queries, keys and values of the residual stream, f32, heads normalised in a model that does, not yet rotated.

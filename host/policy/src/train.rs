@@ -387,6 +387,7 @@ impl Job {
             for batch in shard {
                 self.micro_batch(batch, &mut compute, &mut result)?;
             }
+            compute.collect(result.gradient.as_mut())?;
             if let Some(slot) = self.results.lock().unwrap_or_else(PoisonError::into_inner).get_mut(index) {
                 *slot = Some(result);
             }

@@ -373,7 +373,7 @@ fn the_gradient_of_bf16_weights_is_near_that_of_their_masters() {
             let of = |gradient: &Values| vec![gradient[tensor].clone()];
             let relative = distance(&of(&want), &of(&got)) / gradient_norm(&of(&want), 1);
             println!("{}: {relative:.1e}", spec.name);
-            assert!((1e-4..6e-2).contains(&relative), "{}: {relative}", spec.name);
+            assert!((1e-3..1e-1).contains(&relative), "{}: {relative}", spec.name);
         }
     }
 }
@@ -384,7 +384,7 @@ fn tokens_that_were_drawn_from_few_have_their_log_probs_over_these() {
     for device in PolicyDevice::tested() {
         let config = config(device, 4, false);
         let (runner, parameters) = (runner(&config), parameters(&config, 1));
-        let rows = rows(&runner, &parameters, 8);
+        let rows = rows(&runner, &parameters, 16);
         let cpu = PolicyConfig { device: PolicyDevice::Cpu, ..config.clone() };
         let model = crate::inference::Inference::new(&cpu, parameters.clone()).unwrap();
         let told = runner.run(parameters, rows.clone(), Objective::Forward).unwrap().log_probs;
