@@ -112,3 +112,73 @@ impl Layers {
         Some(tensor.reshape([self.slots, BLOCK_TOKENS * width]).select(0, slots.clone()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::PolicyConfig;
+    use crate::device::DevicePrecision;
+    use crate::kv_cache::KvCache;
+
+    /// Writes the number of a token over the whole width.
+    fn write(layers: &mut Layers, cache: &KvCache, position: usize, number: f32) {
+        let place = cache.blocks()[position / BLOCK_TOKENS].slot() * BLOCK_TOKENS + position % BLOCK_TOKENS;
+        let device = Device::flex();
+        let place = indices(vec![index(place)], [1], &device);
+        for (layer, part) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+            let sign = if part == 0 { 1.0 } else { -1.0 };
+            let row = Tensor::full([1, 16], sign * (number + 1_000.0 * layer as f32), &device);
+            layers.write(layer, part, &place, row);
+        }
+    }
+
+    /// First number of each position of a sequence's blocks, of layer 1's values.
+    fn read(layers: &Layers, cache: &KvCache) -> Vec<f32> {
+        let slots: Vec<i32> = cache.blocks().iter().map(|block| index(block.slot())).collect();
+        let count = slots.len();
+        let found = layers.read(1, 1, &indices(slots, [count], &Device::flex())).unwrap();
+        let all: Vec<f32> = found.into_data().try_into_vec().unwrap();
+        all.chunks_exact(16).map(|row| row[0]).collect()
+    }
+
+    #[test]
+    fn what_is_written_stays_when_blocks_are_copied_freed_and_the_pool_grows() {
+        let config = PolicyConfig { d_model: Some(16), heads: Some(1), layers: Some(2), ..PolicyConfig::default() };
+        let models = DeviceModels::new(Device::flex(), DevicePrecision::F32);
+        let pool = BlockPool::new(&models, &config.shape(300).unwrap());
+        let new = || KvCache::of_blocks(&[], vec![], Some(&pool.meter));
+        let feed = |cache: &mut KvCache, count: usize, first: f32| {
+            let positions: Vec<usize> = (0..count).map(|_| cache.append(7, pool.layout)).collect();
+            let mut layers = pool.ready();
+            for position in positions {
+                write(&mut layers, cache, position, first + position as f32);
+            }
+        };
+        let want = |numbers: &[f32], blocks: usize| -> Vec<f32> {
+            let mut all: Vec<f32> = numbers.iter().map(|number| -(number + 1_000.0)).collect();
+            all.resize(blocks * BLOCK_TOKENS, 0.0);
+            all
+        };
+        let counted = |count: usize| (0..count).map(|n| n as f32).collect::<Vec<_>>();
+        let mut first = new();
+        feed(&mut first, 40, 0.0);
+        assert_eq!(read(&pool.ready(), &first), want(&counted(40), 2));
+        let mut second = first.prefix(35);
+        feed(&mut second, 1, 500.0);
+        let mut copied = counted(40);
+        copied[35] = 535.0;
+        assert_eq!(read(&pool.ready(), &second), want(&copied, 2));
+        assert_eq!(read(&pool.ready(), &first), want(&counted(40), 2));
+        drop(second);
+        // More than the pool began with, and in slots that were used before.
+        let mut many: Vec<KvCache> = (0..80).map(|_| new()).collect();
+        for (index, cache) in many.iter_mut().enumerate() {
+            feed(cache, 1, 2_000.0 + index as f32);
+        }
+        for (index, cache) in many.iter().enumerate() {
+            assert_eq!(read(&pool.ready(), cache), want(&[2_000.0 + index as f32], 1), "{index}");
+        }
+        assert_eq!(read(&pool.ready(), &first), want(&counted(40), 2));
+        assert_eq!(pool.meter.bytes(), 82 * pool.layout.block_bytes());
+    }
+}

@@ -89,7 +89,8 @@ pub struct PolicyConfig {
     /// Standard deviation of the initial weights. 0.02; projections into the residual stream are scaled down further by
     /// `1 / sqrt(2 layers)`.
     pub initial_std: f32,
-    /// Threads for generation and for training. 0 takes one per core. Results do not depend on it.
+    /// Threads for generation and for training. 0 takes one per core. Results do not depend on it. Other devices than `cpu`
+    /// generate on one thread, and GPUs train on one.
     pub threads: usize,
     /// Parts into which a batch's gradient is split; they are added in a fixed order, so that results do not depend on
     /// `threads`. 8; changing it changes the last bits of a gradient.
@@ -115,8 +116,8 @@ pub struct PolicyConfig {
     /// Offer a critic: `[policy.local.critic]` of a run's config. None.
     #[serde(skip)]
     pub critic: Option<CriticConfig>,
-    /// Memory for keys and values, of calls in flight and of what is kept for later ones, in bytes. 1 GiB; what does not
-    /// fit is computed again. Each thread carries one call in any case.
+    /// Memory for keys and values, of calls in flight and of what is kept for later ones, in bytes: the device's memory. 1 GiB;
+    /// what does not fit is computed again. Each thread carries one call in any case.
     pub kv_cache_bytes_max: usize,
     /// The part of it that may hold what no live rollout has used, for later ones that begin alike, in bytes. 128 MiB: what
     /// many rollouts share is held while any of them lives, and what only one had is seldom asked for again.

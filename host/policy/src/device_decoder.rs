@@ -8,7 +8,8 @@
 //!
 //! On burn's CPU backend a tile always has room for a whole block, even for one row, and rows come by whole tiles: every
 //! product then has the same sizes whoever else is in the batch, and a token's bits depend on its own sequence alone. A GPU
-//! computes single rows as such, for speed; which of its kernels runs depends on the sizes of a batch, and so may last bits.
+//! computes single rows as such, for speed; which of its kernels runs depends on the sizes of a batch and on which was the
+//! fastest when it was tried, and so may last bits: what holds there are the tolerances of the numeric suite.
 //!
 //! (Rejected: padded tensors per session. A group would hold its prompt once for each member, and a session that grows is
 //! copied. Rejected for now: a kernel that reads blocks where they are; here they are gathered for every step.)

@@ -86,23 +86,30 @@ pub(crate) fn tokens(
         if gradient.is_some() {
             let d_logits = softmax.backward(&slopes, &scope).cast(model.dtype);
             d_normed.push(d_logits.clone().matmul(model.head().transpose()).cast(DType::F32));
-            let hidden = hidden.cast(model.dtype);
-            let part = if model.shape.tie_embeddings {
-                d_logits.transpose().matmul(hidden)
-            } else {
-                hidden.transpose().matmul(d_logits)
-            };
-            let part = part.cast(DType::F32);
-            d_head = Some(match d_head.take() {
-                Some(sum) => sum + part,
-                None => part,
-            });
+            if model.trains_all() {
+                let part = d_head_of(model, hidden, d_logits);
+                d_head = Some(match d_head.take() {
+                    Some(sum) => sum + part,
+                    None => part,
+                });
+            }
         }
     }
     if let (Some(gradient), false) = (gradient, d_normed.is_empty()) {
         model.backward(pass, Tensor::cat(d_normed, 0), d_head, gradient);
     }
     Ok(())
+}
+
+/// The gradient of the output projection, f32, in its layout in memory.
+fn d_head_of(model: &Model, hidden: Tensor<2>, d_logits: Tensor<2>) -> Tensor<2> {
+    let hidden = hidden.cast(model.dtype);
+    let product = if model.shape.tie_embeddings {
+        d_logits.transpose().matmul(hidden)
+    } else {
+        hidden.transpose().matmul(d_logits)
+    };
+    product.cast(DType::F32)
 }
 
 /// What some tokens' softmaxes run over.

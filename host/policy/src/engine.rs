@@ -193,7 +193,7 @@ impl PolicyEngine {
             kept_tokens_max: config.kept_tokens_max,
         };
         let (start, weights) = if let Some(lora) = &config.lora {
-            adapt(start, lora, seed, &rotary, config.thread_count())?
+            adapt(start, lora, seed, &rotary)?
         } else {
             let weights = ModelWeights::Full(start.policy.parameters.clone());
             (with_copies(start, &config.models), weights)
@@ -517,7 +517,6 @@ fn adapt(
     lora: &LoraConfig,
     seed: Seed,
     rotary: &Arc<RotaryTable>,
-    threads: usize,
 ) -> Result<(Checkpoint, ModelWeights), PolicyError> {
     let layout = Arc::new(AdapterLayout::new(lora));
     let shape = &model.policy.parameters.shape;
@@ -532,6 +531,6 @@ fn adapt(
         critic: None,
         snapshots: BTreeMap::new(),
     };
-    let base = Arc::new(Base::new(model.policy.parameters, rotary.clone(), threads));
+    let base = Arc::new(Base::new(model.policy.parameters, rotary.clone()));
     Ok((start, ModelWeights::Adapted { base, layout, adapter: None }))
 }

@@ -68,7 +68,7 @@ impl Ready {
     fn new(weights: &ModelWeights, rotary: &Arc<RotaryTable>, runner: &BatchRunner) -> Self {
         match runner.device() {
             None => Self::Kernels(Box::new(PackedModels::new(weights, None, false, rotary, 1))),
-            Some(models) => Self::Device(models.clone(), models.get(weights.trained())),
+            Some(models) => Self::Device(models.clone(), models.get(weights)),
         }
     }
 }
@@ -101,14 +101,11 @@ impl Inference {
     /// The same model under an adapter in PEFT's layout. Gradients are then the adapter's.
     ///
     /// # Errors
-    /// When the folder holds no plain LoRA adapter for this model, or the device is not `cpu`.
+    /// When the folder holds no plain LoRA adapter for this model.
     pub fn with_adapter(self, dir: &Path) -> Result<Self, PolicyError> {
-        if self.runner.device().is_some() {
-            return Err(PolicyError::Unsupported("adapters on another device than `cpu`".to_owned()));
-        }
         let layout = Arc::new(peft::read_layout(dir)?);
         let adapter = Some(Arc::new(peft::load(dir, &layout, self.shape())?));
-        let base = Arc::new(Base::new(self.weights.merged(), self.rotary.clone(), 1));
+        let base = Arc::new(Base::new(self.weights.merged(), self.rotary.clone()));
         let weights = ModelWeights::Adapted { base, layout, adapter };
         let models = Ready::new(&weights, &self.rotary, &self.runner);
         Ok(Self { weights, models, ..self })

@@ -448,6 +448,33 @@ mod tests {
     }
 
     #[test]
+    fn blocks_on_a_device_are_slots_that_are_copied_when_written_to_and_used_again() {
+        let layout = BlockLayout { layers: 3, kv_width: 2, value_bytes: 2 };
+        let meter = Arc::new(Meter::of_slots());
+        let slots = meter.slots().unwrap();
+        let fed = |cache: &mut KvCache, tokens: u32| (0..tokens).for_each(|token| drop(cache.append(token, layout)));
+        let of = |cache: &KvCache| cache.blocks().iter().map(|block| block.slot()).collect::<Vec<_>>();
+        let mut first = KvCache::of_blocks(&[], vec![], Some(&meter));
+        fed(&mut first, 40);
+        assert_eq!((of(&first), slots.count()), (vec![2, 3], 4));
+        assert_eq!(slots.take_copies(), [(Slots::ZEROS, 2), (Slots::ZEROS, 3)]);
+        assert_eq!(meter.bytes(), 2 * (3 * 2 * 32 * 2 * 2));
+        let mut second = first.prefix(35);
+        assert!(slots.take_copies().is_empty() && of(&second) == [2, 3]);
+        fed(&mut second, 1);
+        assert_eq!((of(&first), of(&second), slots.take_copies()), (vec![2, 3], vec![2, 4], vec![(3, 4)]));
+        fed(&mut first, 1);
+        assert!(slots.take_copies().is_empty(), "nobody else has its last block any more");
+        drop(second);
+        let mut third = KvCache::of_blocks(&[], vec![], Some(&meter));
+        fed(&mut third, 33);
+        assert_eq!((of(&third), slots.count()), (vec![4, 5], 6));
+        assert_eq!(slots.take_copies(), [(Slots::ZEROS, 4), (Slots::ZEROS, 5)]);
+        drop((first, third));
+        assert_eq!(meter.bytes(), 0);
+    }
+
+    #[test]
     fn blocks_are_shared_until_they_are_written_to_and_all_are_counted() {
         let layout = BlockLayout { layers: 1, kv_width: 2, value_bytes: 4 };
         let meter = Arc::new(Meter::default());

@@ -49,6 +49,7 @@ mod lora;
 #[cfg(test)]
 mod lora_tests;
 mod loss;
+mod low_rank;
 mod model;
 mod optimiser;
 mod parallel;

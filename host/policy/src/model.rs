@@ -16,9 +16,12 @@ use burn::tensor::activation::silu;
 use burn::tensor::{DType, DataError, Gradients, IndexingUpdateOp, TensorData};
 
 use crate::device::DevicePrecision;
+use crate::lora::{AdapterLayout, LoraTarget};
+use crate::low_rank::LowRanks;
 use crate::parameters::{Parameters, Values};
 use crate::rotary::RotaryTable;
 use crate::shape::ModelShape;
+use crate::weights::ModelWeights;
 
 /// Stands for minus infinity in masked scores: `exp` of it is 0 and no difference of two is undefined.
 pub(crate) const MASKED: f32 = -1e9;
@@ -36,10 +39,12 @@ pub(crate) struct Model {
     norm: Tensor<1>,
     /// `[d_model, vocabulary]`; the embedding's transpose where it has no weights of its own.
     head: Option<Tensor<2>>,
+    /// What an adapter stands on; then the adapter alone is trained.
+    base: Option<Arc<Model>>,
 }
 
 /// One layer's weights.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Layer {
     attention_norm: Tensor<1>,
     query: Tensor<2>,
@@ -55,6 +60,7 @@ pub(crate) struct Layer {
     out_bias: Option<Tensor<1>>,
     /// Of each head's query and key.
     head_norms: Option<[Tensor<1>; 2]>,
+    adapter: LowRanks,
 }
 
 /// The models that are on a device, each of them once however many use it.
@@ -78,16 +84,28 @@ impl DeviceModels {
         self.precision
     }
 
-    /// The device's copy of some weights, which is made when there is none. Weights that are changed are others: whoever
-    /// changes them while they are shared works on a copy.
-    pub(crate) fn get(&self, parameters: &Arc<Parameters>) -> Arc<Model> {
+    /// The device's copy of some weights, which is made when there is none.
+    pub(crate) fn get(&self, weights: &ModelWeights) -> Arc<Model> {
+        let plain = |parameters| self.known(parameters, || Model::new(parameters, &self.device, self.precision));
+        match weights {
+            ModelWeights::Full(parameters) | ModelWeights::Critic(parameters) => plain(parameters),
+            ModelWeights::Adapted { base, adapter: None, .. } => plain(&base.parameters),
+            ModelWeights::Adapted { base, layout, adapter: Some(adapter) } => {
+                let base = plain(&base.parameters);
+                self.known(adapter, || Model::adapted(base, layout, adapter))
+            }
+        }
+    }
+
+    /// Weights that are changed are others: whoever changes them while they are shared works on a copy.
+    fn known(&self, parameters: &Arc<Parameters>, make: impl FnOnce() -> Model) -> Arc<Model> {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         known.retain(|(parameters, model)| parameters.strong_count() > 0 && model.strong_count() > 0);
         let found = known.iter().find(|(of, _)| std::ptr::eq(of.as_ptr(), Arc::as_ptr(parameters)));
         if let Some(model) = found.and_then(|(_, model)| model.upgrade()) {
             return model;
         }
-        let model = Arc::new(Model::new(parameters, &self.device, self.precision));
+        let model = Arc::new(make());
         known.push((Arc::downgrade(parameters), Arc::downgrade(&model)));
         model
     }
@@ -158,25 +176,51 @@ impl Model {
                 biases: shape.attention_bias.then(|| [reader.next(), reader.next(), reader.next()]),
                 out_bias: shape.attention_out_bias.then(|| reader.next()),
                 head_norms: shape.qk_norm.then(|| [reader.next(), reader.next()]),
+                adapter: LowRanks::default(),
             })
             .collect();
         let norm = reader.next();
         let head = (!shape.tie_embeddings).then(|| reader.next());
-        Self { shape: shape.clone(), device: device.clone(), dtype, embedding, layers, norm, head }
+        Self { shape: shape.clone(), device: device.clone(), dtype, embedding, layers, norm, head, base: None }
+    }
+
+    /// A model under an adapter. It shares the base's memory.
+    fn adapted(base: Arc<Self>, layout: &AdapterLayout, adapter: &Parameters) -> Self {
+        let to = (&base.device, base.dtype);
+        let layers = base.layers.iter().enumerate();
+        let layers =
+            layers.map(|(at, layer)| Layer { adapter: LowRanks::new(layout, adapter, at, to), ..layer.clone() });
+        Self {
+            shape: base.shape.clone(),
+            device: base.device.clone(),
+            dtype: base.dtype,
+            embedding: base.embedding.clone(),
+            layers: layers.collect(),
+            norm: base.norm.clone(),
+            head: base.head.clone(),
+            base: Some(base),
+        }
     }
 
     /// The same weights, and the same memory, for one worker's passes. `tracked` ones gather gradients. Those without use
     /// autodiff's operations too: log-probs with and without a gradient are then equal bit by bit.
     pub(crate) fn for_training(&self, tracked: bool) -> Self {
+        let of_layers = [tracked && self.trains_all(), tracked];
         Self {
             shape: self.shape.clone(),
             device: self.device.clone(),
             dtype: self.dtype,
             embedding: self.embedding.clone(),
-            layers: self.layers.iter().map(|layer| layer.for_training(tracked)).collect(),
-            norm: leaf(&self.norm, tracked),
+            layers: self.layers.iter().map(|layer| layer.for_training(of_layers)).collect(),
+            norm: leaf(&self.norm, tracked && self.trains_all()),
             head: self.head.clone(),
+            base: self.base.clone(),
         }
+    }
+
+    /// Whether all weights are trained, and not an adapter alone.
+    pub(crate) fn trains_all(&self) -> bool {
+        self.base.is_none()
     }
 
     /// Rows of the embedding, f32.
@@ -228,6 +272,12 @@ impl Model {
     pub(crate) fn backward(&self, pass: Pass, d_normed: Tensor<2>, d_head: Option<Tensor<2>>, sums: &mut Gradient) {
         // The gradient of this sum with respect to the hidden states is the seed.
         let mut gradients = (pass.normed * d_normed).sum().backward();
+        if !self.trains_all() {
+            for layer in &self.layers {
+                layer.adapter.gradients(&mut gradients, &mut |at, gradient| sums.add(at, gradient));
+            }
+            return;
+        }
         let mut at = 0;
         let mut next = |gradient| {
             at += 1;
@@ -294,7 +344,7 @@ impl Gradient {
     }
 }
 
-fn flat<const D: usize>(tensor: Tensor<D>) -> Tensor<1> {
+pub(crate) fn flat<const D: usize>(tensor: Tensor<D>) -> Tensor<1> {
     let len = tensor.shape().num_elements();
     tensor.cast(DType::F32).reshape([len])
 }
@@ -303,13 +353,14 @@ fn taken<const D: usize>(weight: &Tensor<D>, gradients: &mut Gradients) -> Optio
     weight.grad_remove(gradients).map(flat)
 }
 
-fn leaf<const D: usize>(weight: &Tensor<D>, tracked: bool) -> Tensor<D> {
+pub(crate) fn leaf<const D: usize>(weight: &Tensor<D>, tracked: bool) -> Tensor<D> {
     let weight = weight.clone().autodiff();
     if tracked { weight.require_grad() } else { weight }
 }
 
 impl Layer {
-    fn for_training(&self, tracked: bool) -> Self {
+    /// Whether its weights and those of its adapter are tracked.
+    fn for_training(&self, [tracked, adapter]: [bool; 2]) -> Self {
         Self {
             attention_norm: leaf(&self.attention_norm, tracked),
             query: leaf(&self.query, tracked),
@@ -323,6 +374,7 @@ impl Layer {
             biases: self.biases.as_ref().map(|biases| biases.each_ref().map(|bias| leaf(bias, tracked))),
             out_bias: self.out_bias.as_ref().map(|bias| leaf(bias, tracked)),
             head_norms: self.head_norms.as_ref().map(|norms| norms.each_ref().map(|norm| leaf(norm, tracked))),
+            adapter: self.adapter.for_training(adapter),
         }
     }
 
@@ -342,12 +394,17 @@ impl Layer {
         }
     }
 
+    /// A projection of `x`, which is in the numbers of products, f32.
+    fn multiply(&self, x: &Tensor<2>, weight: &Tensor<2>, target: LoraTarget) -> Tensor<2> {
+        self.adapter.add(target, x, x.clone().matmul(weight.clone()).cast(DType::F32))
+    }
+
     /// Queries, keys and values of the residual stream, f32, heads normalised in a model that does, not yet rotated.
     pub(crate) fn project(&self, x: Tensor<2>, model: &Model) -> [Tensor<2>; 3] {
         let shape = &model.shape;
         let normed = rms_norm(x, &self.attention_norm, shape.rms_norm_epsilon).cast(model.dtype);
-        let project = |weight: &Tensor<2>, part: usize| {
-            let y = normed.clone().matmul(weight.clone()).cast(DType::F32);
+        let project = |weight: &Tensor<2>, target: LoraTarget, part: usize| {
+            let y = self.multiply(&normed, weight, target);
             match self.biases.as_ref().and_then(|biases| biases.get(part)) {
                 Some(bias) => y + bias.clone().unsqueeze(),
                 None => y,
@@ -364,12 +421,16 @@ impl Layer {
                 None => x,
             }
         };
-        [normalise(project(&self.query, 0), 0), normalise(project(&self.key, 1), 1), project(&self.value, 2)]
+        [
+            normalise(project(&self.query, LoraTarget::Q, 0), 0),
+            normalise(project(&self.key, LoraTarget::K, 1), 1),
+            project(&self.value, LoraTarget::V, 2),
+        ]
     }
 
     /// What attention adds to the residual stream.
     pub(crate) fn project_out(&self, mixed: Tensor<2>, model: &Model) -> Tensor<2> {
-        let out = mixed.cast(model.dtype).matmul(self.attention_out.clone()).cast(DType::F32);
+        let out = self.multiply(&mixed.cast(model.dtype), &self.attention_out, LoraTarget::O);
         match &self.out_bias {
             Some(bias) => out + bias.clone().unsqueeze(),
             None => out,
@@ -379,9 +440,9 @@ impl Layer {
     /// What the feed-forward part adds to the residual stream.
     pub(crate) fn feed_forward(&self, x: Tensor<2>, model: &Model) -> Tensor<2> {
         let normed = rms_norm(x, &self.mlp_norm, model.shape.rms_norm_epsilon).cast(model.dtype);
-        let gate = silu(normed.clone().matmul(self.gate.clone()).cast(DType::F32));
-        let up = normed.matmul(self.up.clone()).cast(DType::F32);
-        (gate * up).cast(model.dtype).matmul(self.down.clone()).cast(DType::F32)
+        let gate = silu(self.multiply(&normed, &self.gate, LoraTarget::Gate));
+        let up = self.multiply(&normed, &self.up, LoraTarget::Up);
+        self.multiply(&(gate * up).cast(model.dtype), &self.down, LoraTarget::Down)
     }
 
     /// Attention of whole rows over themselves.

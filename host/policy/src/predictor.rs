@@ -105,7 +105,7 @@ impl Publisher {
             None => Predictor::Kernels(weights.decoder(version, &self.rotary, self.threads)),
             Some((models, pool)) => Predictor::Device(DeviceDecoder {
                 version,
-                model: models.get(&weights.merged()),
+                model: models.get(weights),
                 pool: pool.clone(),
                 rotary: self.rotary.clone(),
             }),

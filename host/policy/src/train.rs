@@ -214,12 +214,7 @@ impl BatchRunner {
     pub(crate) fn new(config: &PolicyConfig, rotary: Arc<RotaryTable>) -> Result<Self, PolicyError> {
         let backend = config.device.open()?;
         backend.check_precision(config.device, config.device_precision)?;
-        let asked = [
-            ("lora", config.lora.is_some()),
             ("models", !config.models.is_empty()),
-            ("critic", config.critic.is_some()),
-            ("gradient_checkpointing", config.gradient_checkpointing),
-        ];
         if let (Backend::Burn(_), Some((field, _))) = (&backend, asked.into_iter().find(|(_, asked)| *asked)) {
             let value = format!("asked for on device `{}`", config.device);
             let reason = "only device `cpu` offers it: use that, or leave the field out".to_owned();
@@ -281,8 +276,8 @@ impl BatchRunner {
                 Models::Packed(Box::new(PackedModels::new(&weights, reference, tracked, &rotary, self.threads())))
             }
             Some(models) => {
-                let reference = objective.reference().map(|reference| models.get(reference.trained()));
-                Models::Device(models.get(weights.trained()), reference)
+                let reference = objective.reference().map(|reference| models.get(reference));
+                Models::Device(models.get(&weights), reference)
             }
         };
         let logits_tokens_max = self.logits_bytes_max / (size_of::<f32>() * weights.shape().vocabulary);

@@ -11,8 +11,8 @@ use fulgurite_core::llm::{ChatRequest, Completion, KeptTokens, LlmSession, Messa
 use fulgurite_core::seed::Seed;
 use fulgurite_core::training::{LossSpec, OptimiserStep, Stream, TrainingRow};
 use fulgurite_policy::{
-    DevicePrecision, Inference, ModelShape, PolicyConfig, PolicyDevice, PolicyEngine, PolicyTokenizer, RopeScaling,
-    TokenizerConfig,
+    DevicePrecision, Inference, LoraConfig, ModelShape, PolicyConfig, PolicyDevice, PolicyEngine, PolicyTokenizer,
+    RopeScaling, TokenizerConfig,
 };
 use futures::future::{maybe_done, try_join_all};
 use futures::poll;
@@ -196,6 +196,38 @@ async fn later_turns_go_on_from_kept_blocks_and_a_cancelled_call_frees_its_own()
     engine.forward_backward(rows, LossSpec::default()).await.unwrap();
     engine.optimiser_step(step()).await.unwrap();
     assert_eq!(engine.statistics().kv_cache_bytes, 0);
+}
+
+#[tokio::test]
+async fn adapters_generate_and_learn_beside_each_other() {
+    for precision in [DevicePrecision::F32, DevicePrecision::Bf16] {
+        let lora = LoraConfig { rank: 4, alpha: 8.0, adapters: vec!["planner".into()], ..LoraConfig::default() };
+        let plain = PolicyConfig { device_precision: precision, ..config(PolicyDevice::Flex) };
+        let policy = engine(&PolicyConfig { lora: Some(lora), ..plain.clone() });
+        let planner = policy.named("planner").unwrap();
+        let indices: Vec<u64> = (0..6).collect();
+        let before = sample(&policy, &indices, 24).await;
+        assert_eq!(before, sample(&engine(&plain), &indices, 24).await, "a fresh adapter changes no bit");
+        let completions = before.clone();
+        let rows: Vec<TrainingRow> = (0..).zip(&completions).map(|(i, c)| row(i, c, 1.0)).collect();
+        for _ in 0..3 {
+            planner.forward_backward(rows.clone(), LossSpec::default()).await.unwrap();
+            planner.optimiser_step(OptimiserStep { learning_rate: 1e-2, ..step() }).await.unwrap();
+        }
+        assert_eq!(sample(&policy, &indices, 24).await, before, "the other one's steps are not its own");
+        let learned = sample(&planner, &indices, 24).await;
+        assert_eq!(learned[0].tokens.as_ref().unwrap().policy_version, PolicyVersion(3));
+        let (mean, max, _) = mismatch(&planner, &learned).await;
+        println!("{precision:?}: mean {mean:.2e}, max {max:.2e}");
+        let [mean_max, max_max] = if precision == DevicePrecision::F32 { [5e-6, 1e-4] } else { [2e-3, 0.1] };
+        assert!(mean <= mean_max && max <= max_max, "{precision:?}: {mean} {max}");
+        let moved = planner.forward(rows, None).await.unwrap();
+        let gain = |row: usize| -> f32 {
+            let tokens = before[row].tokens.as_ref().unwrap();
+            moved[row].log_probs.iter().sum::<f32>() - tokens.log_probs.iter().sum::<f32>()
+        };
+        assert!((0..6).map(gain).sum::<f32>() > 1.0, "what was rewarded has become likelier");
+    }
 }
 
 /// A model of every switch: name, shape.
