@@ -452,7 +452,11 @@ mod tests {
         let layout = BlockLayout { layers: 3, kv_width: 2, value_bytes: 2 };
         let meter = Arc::new(Meter::of_slots());
         let slots = meter.slots().unwrap();
-        let fed = |cache: &mut KvCache, tokens: u32| (0..tokens).for_each(|token| drop(cache.append(token, layout)));
+        let fed = |cache: &mut KvCache, tokens: u32| {
+            for token in 0..tokens {
+                cache.append(token, layout);
+            }
+        };
         let of = |cache: &KvCache| cache.blocks().iter().map(|block| block.slot()).collect::<Vec<_>>();
         let mut first = KvCache::of_blocks(&[], vec![], Some(&meter));
         fed(&mut first, 40);

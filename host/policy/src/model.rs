@@ -503,7 +503,7 @@ pub(crate) fn both_halves(values: &[f32], dim: usize) -> Vec<f32> {
 
 /// Turns the halves of heads, the last dimension, against each other.
 pub(crate) fn rotate<const D: usize>(x: Tensor<D>, cosines: Tensor<D>, sines: Tensor<D>) -> Tensor<D> {
-    let dim = x.dims()[D - 1];
+    let dim = x.dims().last().copied().unwrap_or(0);
     let low = x.clone().slice_dim(D - 1, 0..dim / 2);
     let high = x.clone().slice_dim(D - 1, dim / 2..dim);
     x * cosines + Tensor::cat(vec![high.neg(), low], D - 1) * sines
