@@ -317,7 +317,8 @@ mod tests {
 
     #[test]
     fn what_is_not_there_is_refused_with_the_reason_and_auto_finds_something() {
-        assert!(PolicyDevice::Auto.open().is_ok());
+        let auto = PolicyDevice::Auto.open().unwrap();
+        assert!(matches!(&auto, Backend::Kernels) || matches!(&auto, Backend::Burn(device) if !is_emulated(device)));
         for finding in PolicyDevice::findings() {
             match finding.device.open() {
                 Ok(_) => assert!(finding.usable),
