@@ -214,7 +214,11 @@ impl BatchRunner {
     pub(crate) fn new(config: &PolicyConfig, rotary: Arc<RotaryTable>) -> Result<Self, PolicyError> {
         let backend = config.device.open()?;
         backend.check_precision(config.device, config.device_precision)?;
+        let asked = [
             ("models", !config.models.is_empty()),
+            ("critic", config.critic.is_some()),
+            ("gradient_checkpointing", config.gradient_checkpointing),
+        ];
         if let (Backend::Burn(_), Some((field, _))) = (&backend, asked.into_iter().find(|(_, asked)| *asked)) {
             let value = format!("asked for on device `{}`", config.device);
             let reason = "only device `cpu` offers it: use that, or leave the field out".to_owned();
