@@ -110,7 +110,7 @@ pub(crate) struct TrainArguments {
     /// Go on with the run in that folder.
     #[arg(long)]
     pub(crate) resume: bool,
-    /// What trains the policy, in place of the config's: auto, cpu, cuda, cuda:N, wgpu or wgpu:N. `fulgurite doctor` says
+    /// What the policy trains and answers on, in place of the config's: auto, cpu, cuda, cuda:N, wgpu or wgpu:N. `fulgurite doctor` says
     /// what there is.
     #[arg(long)]
     pub(crate) device: Option<PolicyDevice>,

@@ -120,7 +120,8 @@ fn endpoint(checked: CheckedEndpoint) -> Check {
     Check { name: checked.section, ok, found: printable(&found), fix }
 }
 
-/// The device that `--device auto` would take, and why not the others. A machine without GPU lacks nothing.
+/// What the policy can train and generate on, the best one first, and why not on the others. A machine without GPU lacks
+/// nothing.
 fn processor() -> Check {
     let findings = PolicyDevice::findings();
     let shown = |finding: &DeviceFinding| {

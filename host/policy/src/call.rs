@@ -181,7 +181,7 @@ impl Call {
 
     fn take_in(&mut self, drawn: &Drawn, tokenizer: &PolicyTokenizer) -> Option<End> {
         let weights = self.weights.as_ref()?;
-        let (version, context_tokens_max) = (weights.decoder.version, weights.decoder.shape.context_tokens_max);
+        let (version, context_tokens_max) = (weights.predictor.version(), weights.predictor.shape().context_tokens_max);
         if self.versions.last().is_none_or(|(_, last)| *last != version) {
             self.versions.push((self.completion().len(), version));
         }

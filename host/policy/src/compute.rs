@@ -3,15 +3,18 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use burn::prelude::Device;
 use fulgurite_core::id::PolicyVersion;
 
 use crate::backprop::{self, Keep, Tape, Transposed};
 use crate::decoder::Decoder;
+use crate::device_loss;
 use crate::error::PolicyError;
-use crate::model::Model;
-use crate::parameters::{Parameters, Values};
+use crate::kernel;
+use crate::loss::{Seen, Slopes};
+use crate::model::{Gradient, Model};
+use crate::parameters::Values;
 use crate::rotary::RotaryTable;
+use crate::support::Support;
 use crate::weights::ModelWeights;
 
 /// ModelWeights as the kernels want them, shared by the workers.
@@ -50,14 +53,14 @@ impl PackedModels {
 pub(crate) enum Models {
     /// The kernels' weights.
     Packed(Box<PackedModels>),
-    /// A device to which each worker copies the master weights.
-    Burn(Device),
+    /// A device's copies of the trained weights and the reference's.
+    Device(Arc<Model>, Option<Arc<Model>>),
 }
 
-/// What bounds the memory of one micro-batch on the kernels.
+/// What bounds the memory of one micro-batch.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Bounds {
-    /// Whether only the inputs of layers are kept for the backward pass.
+    /// Whether only the inputs of layers are kept for the backward pass, on the kernels.
     pub(crate) recompute: bool,
     /// Tokens whose logits are there at once.
     pub(crate) logits_tokens_max: usize,
@@ -94,17 +97,39 @@ impl Sources<'_> {
 
 /// Looks at the logits of some of the sources, `[sources, vocabulary]`, and at the reference's where there is one. When a
 /// gradient is asked for, it replaces the logits by theirs.
-pub(crate) type VisitLogits<'a> = &'a mut dyn FnMut(Range<usize>, &mut [f32], Option<&mut [f32]>);
+type VisitLogits<'a> = &'a mut dyn FnMut(Range<usize>, &mut [f32], Option<&mut [f32]>);
+
+/// A token whose log-prob is asked for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Asked<'a> {
+    pub(crate) id: u32,
+    /// Above 0.
+    pub(crate) temperature: f32,
+    /// What its softmax runs over; the token is in it.
+    pub(crate) support: Support<'a>,
+}
+
+/// Is told what the model says of an asked token, by its place, and answers with the loss's derivatives.
+pub(crate) type VisitToken<'a> = &'a mut dyn FnMut(usize, Seen) -> Slopes;
 
 /// The model on one worker.
 pub(crate) enum Compute<'a> {
     /// The sampler's kernels.
     Kernels(&'a PackedModels, Box<Workspace>, Bounds),
     /// burn, with the reference behind it.
-    Burn(Box<Model>, Option<Box<Model>>),
+    Device(Box<OnDevice>),
 }
 
-fn burn_failed(error: impl std::fmt::Display) -> PolicyError {
+/// The model on a device, with what it gathers.
+pub(crate) struct OnDevice {
+    model: Model,
+    reference: Option<Model>,
+    bounds: Bounds,
+    /// Stays on the device until it is [collected](Compute::collect).
+    gradient: Gradient,
+}
+
+fn failed(error: impl std::fmt::Display) -> PolicyError {
     PolicyError::Internal(error.to_string())
 }
 
@@ -114,42 +139,75 @@ impl<'a> Compute<'a> {
         Self::Kernels(packed, workspace, bounds)
     }
 
-    /// On a device of burn's. The forward pass without gradients uses the autodiff device too: it then runs the very same
-    /// operations, and log-probs of the two are equal bit by bit.
-    pub(crate) fn burn(
-        device: &Device,
-        parameters: &Parameters,
-        reference: Option<&Parameters>,
-        tracked: bool,
-    ) -> Self {
-        let device = device.clone().autodiff();
-        let model = Box::new(Model::new(parameters, &device, tracked));
-        Self::Burn(model, reference.map(|reference| Box::new(Model::new(reference, &device, false))))
+    /// On a device of burn's.
+    pub(crate) fn device(model: &Model, reference: Option<&Model>, tracked: bool, bounds: Bounds) -> Self {
+        let (model, reference) = (model.for_training(tracked), reference.map(|model| model.for_training(false)));
+        Self::Device(Box::new(OnDevice { model, reference, bounds, gradient: Gradient::default() }))
+    }
+
+    /// Adds what a device has gathered to the gradient: after the last micro-batch that is to be in it.
+    pub(crate) fn collect(&mut self, gradient: Option<&mut Values>) -> Result<(), PolicyError> {
+        match (self, gradient) {
+            (Self::Device(device), Some(gradient)) => device.gradient.take(gradient).map_err(failed),
+            _ => Ok(()),
+        }
     }
 
     /// The memory, for the next worker.
     pub(crate) fn into_workspace(self) -> Option<Box<Workspace>> {
         match self {
             Self::Kernels(_, workspace, _) => Some(workspace),
-            Self::Burn(..) => None,
+            Self::Device(_) => None,
         }
     }
 
-    /// Shows the logits after each source to `visit`, in order and some at a time, and adds the gradient of every trained
-    /// weight when there is one to add to.
+    /// Shows the logits after each source to `visit`, in order and some at a time.
     pub(crate) fn logits(
         &mut self,
         sources: Sources<'_>,
         rotary: &RotaryTable,
-        gradient: Option<&mut Values>,
-        visit: VisitLogits<'_>,
+        visit: &mut dyn FnMut(&[f32]),
     ) -> Result<(), PolicyError> {
         match self {
             Self::Kernels(packed, workspace, bounds) => {
-                kernel_logits(packed, workspace, *bounds, sources, gradient, visit);
+                kernel_logits(packed, workspace, *bounds, sources, None, &mut |_, logits, _| visit(logits));
+            }
+            Self::Device(device) => {
+                let normed = device_loss::pass(&device.model, sources, rotary).normed.inner();
+                for tokens in device_loss::parts(sources.at.len(), device.bounds.logits_tokens_max) {
+                    let logits = device.model.logits(normed.clone().slice_dim(0, tokens)).into_data();
+                    visit(&logits.try_into_vec::<f32>().map_err(failed)?);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Shows what the model says of the token behind each source to `visit`, in order, and adds the gradient of every trained
+    /// weight when there is one to add to: at once, or on a device when it is [collected](Self::collect).
+    pub(crate) fn tokens(
+        &mut self,
+        sources: Sources<'_>,
+        asked: &[Asked<'_>],
+        rotary: &RotaryTable,
+        gradient: Option<&mut Values>,
+        visit: VisitToken<'_>,
+    ) -> Result<(), PolicyError> {
+        match self {
+            Self::Kernels(packed, workspace, bounds) => {
+                let vocabulary = packed.decoder.shape.vocabulary;
+                let mut loss = KernelLoss::new(asked, vocabulary, visit);
+                kernel_logits(packed, workspace, *bounds, sources, gradient, &mut |tokens, logits, reference| {
+                    loss.tokens(tokens, logits, reference);
+                });
                 Ok(())
             }
-            Self::Burn(model, reference) => burn_logits(model, reference.as_deref(), sources, rotary, gradient, visit),
+            Self::Device(device) => {
+                let models = (&device.model, device.reference.as_ref());
+                let limits = (rotary, device.bounds.logits_tokens_max);
+                let gradient = gradient.map(|_| &mut device.gradient);
+                device_loss::tokens(models, sources, asked, limits, gradient, visit)
+            }
         }
     }
 
@@ -161,10 +219,10 @@ impl<'a> Compute<'a> {
         visit: impl FnOnce(&mut [f32]),
     ) -> Result<(), PolicyError> {
         let Self::Kernels(packed, workspace, bounds) = self else {
-            return Err(PolicyError::Unsupported("a critic on device `flex`".to_owned()));
+            return Err(PolicyError::Unsupported("a critic on another device than `cpu`".to_owned()));
         };
         let decoder = &packed.decoder;
-        let head = decoder.value_head.as_ref().ok_or_else(|| burn_failed("a critic without a value head"))?;
+        let head = decoder.value_head.as_ref().ok_or_else(|| failed("a critic without a value head"))?;
         let tape = &mut workspace.tape;
         tape.forward(
             decoder,
@@ -226,29 +284,56 @@ fn kernel_logits(
     }
 }
 
-fn burn_logits(
-    model: &Model,
-    reference: Option<&Model>,
-    sources: Sources<'_>,
-    rotary: &RotaryTable,
-    gradient: Option<&mut Values>,
-    visit: VisitLogits<'_>,
-) -> Result<(), PolicyError> {
-    let Sources { rows, at, length } = sources;
-    let number = |value: usize| i32::try_from(value).map_err(burn_failed);
-    // Padding stands behind the row, where causal attention never looks.
-    let padded = rows.iter().flat_map(|row| row.iter().copied().chain(std::iter::repeat(0)).take(length));
-    let ids = padded.map(|id| number(id as usize)).collect::<Result<Vec<_>, _>>()?;
-    let selected = at.iter().map(|(row, at)| number(row * length + at)).collect::<Result<Vec<_>, _>>()?;
-    let mut reference: Option<Vec<f32>> = reference
-        .map(|model| model.logits(ids.clone(), length, selected.clone(), rotary).into_data().try_into_vec())
-        .transpose()
-        .map_err(burn_failed)?;
-    let graph = model.logits(ids, length, selected, rotary);
-    let mut logits: Vec<f32> = graph.clone().into_data().try_into_vec().map_err(burn_failed)?;
-    visit(0..at.len(), &mut logits, reference.as_deref_mut());
-    match gradient {
-        Some(gradient) => model.backward(graph, logits, gradient).map_err(burn_failed),
-        None => Ok(()),
+/// From logits to their gradient, on the host.
+struct KernelLoss<'a> {
+    asked: &'a [Asked<'a>],
+    vocabulary: usize,
+    visit: VisitToken<'a>,
+    scaled: Vec<f32>,
+    gathered: Vec<f32>,
+}
+
+impl<'a> KernelLoss<'a> {
+    fn new(asked: &'a [Asked<'a>], vocabulary: usize, visit: VisitToken<'a>) -> Self {
+        Self { asked, vocabulary, visit, scaled: Vec::with_capacity(vocabulary), gathered: vec![] }
     }
+
+    /// Turns logits into `d loss / d logits` in place, token by token.
+    fn tokens(&mut self, tokens: Range<usize>, logits: &mut [f32], reference: Option<&mut [f32]>) {
+        let (scaled, gathered) = (&mut self.scaled, &mut self.gathered);
+        let mut reference = reference.map(|logits| logits.chunks_exact_mut(self.vocabulary));
+        let asked = self.asked.get(tokens.clone()).unwrap_or_default();
+        for ((token, asked), logits) in tokens.zip(asked).zip(logits.chunks_exact_mut(self.vocabulary)) {
+            let Asked { id, temperature, support } = *asked;
+            let reference = reference.as_mut().and_then(Iterator::next).map(|logits| {
+                let (values, place) = support.gather(logits, id, gathered);
+                let (_, normaliser) = kernel::log_normaliser(values, temperature);
+                values.get(place).map_or(f64::NAN, |logit| f64::from(logit - normaliser))
+            });
+            let (values, id) = support.gather(logits, id, gathered);
+            let (_, normaliser) = kernel::log_normaliser(values, temperature);
+            let log_prob = values.get(id).map_or(f32::NAN, |logit| logit - normaliser);
+            scaled.clear();
+            scaled.extend_from_slice(values);
+            let entropy = kernel::probabilities(values, normaliser);
+            let seen = Seen { log_prob: f64::from(log_prob), entropy: f64::from(entropy), reference };
+            let slopes = (self.visit)(token, seen);
+            let (d_log_prob, d_entropy) = narrow(slopes.log_prob, slopes.entropy);
+            // With z the scaled logits: d log p(y) / dz_j = [j = y] - p_j and dH / dz_j = -p_j (log p_j + H).
+            for (j, (slot, scaled)) in values.iter_mut().zip(&*scaled).enumerate() {
+                let probability = *slot;
+                let mut derivative = if j == id { d_log_prob } else { 0.0 } - d_log_prob * probability;
+                if d_entropy != 0.0 && probability > 0.0 {
+                    derivative -= d_entropy * probability * (scaled - normaliser + entropy);
+                }
+                *slot = derivative / temperature;
+            }
+            support.scatter(gathered, logits);
+        }
+    }
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "the model computes in f32")]
+pub(crate) fn narrow(a: f64, b: f64) -> (f32, f32) {
+    (a as f32, b as f32)
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::device::PolicyDevice;
+use crate::device::{DevicePrecision, PolicyDevice};
 use crate::error::PolicyError;
 use crate::lora::{LoraConfig, names_problem};
 use crate::shape::{ModelShape, RopeScaling};
@@ -62,8 +62,12 @@ pub struct PolicyConfig {
     /// Where the sizes of a model with random weights come from. `tiny`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub preset: Option<Preset>,
-    /// What runs training: `auto`, `cpu` (this crate's kernels), `cuda`, `cuda:N`, `wgpu`, `wgpu:N` or `flex` (burn on the CPU). `cpu`.
+    /// What trains and generates: `auto`, `cpu` (this crate's kernels), `cuda`, `cuda:N`, `wgpu`, `wgpu:N` or `flex` (burn on
+    /// the CPU). `cpu`.
     pub device: PolicyDevice,
+    /// Numbers of the device's weights, products, keys and values: `f32` or `bf16`. Masters and optimiser are f32 in any case, and
+    /// so are norms and softmaxes. Not for device `cpu`. `f32`.
+    pub device_precision: DevicePrecision,
     /// Width of the residual stream; a multiple of `heads`.
     pub d_model: Option<usize>,
     /// Decoder layers.
@@ -85,7 +89,8 @@ pub struct PolicyConfig {
     /// Standard deviation of the initial weights. 0.02; projections into the residual stream are scaled down further by
     /// `1 / sqrt(2 layers)`.
     pub initial_std: f32,
-    /// Threads for generation and for training. 0 takes one per core. Results do not depend on it.
+    /// Threads for generation and for training. 0 takes one per core. Results do not depend on it. Other devices than `cpu`
+    /// generate on one thread, and GPUs train on one.
     pub threads: usize,
     /// Parts into which a batch's gradient is split; they are added in a fixed order, so that results do not depend on
     /// `threads`. 8; changing it changes the last bits of a gradient.
@@ -95,9 +100,9 @@ pub struct PolicyConfig {
     /// Whether training keeps only the inputs of layers and computes the rest again for the backward pass: about a third
     /// more arithmetic, same bits, and activations of one layer instead of all. On device `cpu`. Off.
     pub gradient_checkpointing: bool,
-    /// Memory for the logits of one micro-batch on device `cpu`, in bytes; the loss goes over more in pieces. 64 MiB: all of
-    /// a micro-batch at small vocabularies, some hundred tokens at the largest. Changing it changes the last bits of a
-    /// gradient where a micro-batch does not fit.
+    /// Memory for the logits of one micro-batch, in bytes; the loss goes over more in pieces. Other devices than `cpu` need
+    /// some five times as much for what is computed of them. 64 MiB: all of a micro-batch at small vocabularies, some hundred
+    /// tokens at the largest. Changing it changes the last bits of a gradient where a micro-batch does not fit.
     pub logits_bytes_max: usize,
     /// Train adapters over frozen weights: `[policy.local.lora]` of a run's config. None: all weights are trained.
     #[serde(skip)]
@@ -111,8 +116,8 @@ pub struct PolicyConfig {
     /// Offer a critic: `[policy.local.critic]` of a run's config. None.
     #[serde(skip)]
     pub critic: Option<CriticConfig>,
-    /// Memory for keys and values, of calls in flight and of what is kept for later ones, in bytes. 1 GiB; what does not
-    /// fit is computed again. Each thread carries one call in any case.
+    /// Memory for keys and values, of calls in flight and of what is kept for later ones, in bytes: the device's memory. 1 GiB;
+    /// what does not fit is computed again. Each thread carries one call in any case.
     pub kv_cache_bytes_max: usize,
     /// The part of it that may hold what no live rollout has used, for later ones that begin alike, in bytes. 128 MiB: what
     /// many rollouts share is held while any of them lives, and what only one had is seldom asked for again.
@@ -140,6 +145,7 @@ impl Default for PolicyConfig {
             directory: None,
             preset: None,
             device: PolicyDevice::Cpu,
+            device_precision: DevicePrecision::F32,
             d_model: None,
             layers: None,
             heads: None,

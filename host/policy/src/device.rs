@@ -4,11 +4,14 @@
 //! whether one can be used is found out when the engine starts, because a build for a GPU server also runs on a laptop.
 
 use burn::prelude::Device;
+use burn::tensor::DType;
 use serde::{Deserialize, Serialize};
 
+use crate::config::invalid;
 use crate::error::PolicyError;
+use crate::model::DeviceModels;
 
-/// What runs the model's training. Generation uses the sampler's kernels on the CPU with each of them.
+/// What runs the model: training and generation alike.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum PolicyDevice {
@@ -18,12 +21,43 @@ pub enum PolicyDevice {
     /// Kernels of this crate: the same that sample, so that log-probs of sampling and training are equal bit by bit.
     #[default]
     Cpu,
-    /// burn's CPU backend with its autodiff: slower, and the operations that burn's GPU backends run.
+    /// burn's CPU backend with its autodiff: slower, and the operations that burn's GPU backends run. To test those.
     Flex,
     /// An NVIDIA GPU, by its number from 0.
     Cuda(u16),
     /// A GPU through Vulkan, Metal or DirectX, by its number from 0.
     Wgpu(u16),
+}
+
+/// In which numbers a device holds its copy of the weights, multiplies, and keeps keys and values.
+///
+/// Master weights, gradients' sums and the optimiser are f32 on the host in any case; so are, on the device, the residual
+/// stream, norms, softmax and log-softmax.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DevicePrecision {
+    /// 32 bits.
+    #[default]
+    F32,
+    /// 16 bits with the range of f32 and 8 bits of precision: half the memory, and what a GPU multiplies fastest.
+    Bf16,
+}
+
+impl DevicePrecision {
+    /// Bytes of one number.
+    pub(crate) fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 => 2,
+        }
+    }
+
+    pub(crate) fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+        }
+    }
 }
 
 /// Most GPUs that a number may name: more than any machine has.
@@ -79,13 +113,13 @@ impl From<PolicyDevice> for String {
 pub struct DeviceFinding {
     /// Its name in a config.
     pub device: PolicyDevice,
-    /// Whether a policy can be trained on it.
+    /// Whether a policy can be trained on it and answer on it.
     pub usable: bool,
     /// What was found, or why it cannot be used and what to do.
     pub found: String,
 }
 
-/// What trains.
+/// What computes.
 #[derive(Debug, Clone)]
 pub(crate) enum Backend {
     /// The kernels of this crate.
@@ -97,8 +131,39 @@ pub(crate) enum Backend {
 impl Backend {
     /// Whether all workers would share one device, which runs one thing at a time: then there is one worker.
     pub(crate) fn is_shared(&self) -> bool {
-        matches!(self, Self::Burn(device) if *device != Device::flex())
+        matches!(self, Self::Burn(device) if !is_host(device))
     }
+
+    /// What is on its device, in some numbers; nothing on the kernels.
+    pub(crate) fn models(&self, precision: DevicePrecision) -> Option<DeviceModels> {
+        match self {
+            Self::Kernels => None,
+            Self::Burn(device) => Some(DeviceModels::new(device.clone(), precision)),
+        }
+    }
+
+    /// Checks that it has the numbers that a config asks for.
+    ///
+    /// # Errors
+    /// [`PolicyError::InvalidConfig`] when it has not.
+    pub(crate) fn check_precision(&self, asked: PolicyDevice, precision: DevicePrecision) -> Result<(), PolicyError> {
+        if precision == DevicePrecision::F32 {
+            return Ok(());
+        }
+        let reason = match self {
+            Self::Kernels => format!("device `{asked}` computes in f32 here: leave the field out, or use a GPU"),
+            Self::Burn(device) if !device.supports_dtype(precision.dtype()) => {
+                format!("device `{asked}` cannot multiply such numbers: leave the field out, or use `cuda`")
+            }
+            Self::Burn(_) => return Ok(()),
+        };
+        Err(invalid("device_precision", "bf16", &reason))
+    }
+}
+
+/// Whether a device of burn's is the CPU.
+pub(crate) fn is_host(device: &Device) -> bool {
+    *device == Device::flex()
 }
 
 impl PolicyDevice {
@@ -114,7 +179,7 @@ impl PolicyDevice {
             Self::Cuda(index) => CUDA.open(index).map(Backend::Burn).map_err(unusable),
             Self::Wgpu(index) => WGPU.open(index).map(Backend::Burn).map_err(unusable),
             Self::Auto => {
-                let gpu = CUDA.open(0).or_else(|_| WGPU.open(0));
+                let gpu = CUDA.first_real().or_else(|| WGPU.first_real());
                 Ok(gpu.map_or(Backend::Kernels, Backend::Burn))
             }
         }
@@ -133,7 +198,7 @@ impl PolicyDevice {
         let gpu = |device, kind: GpuKind| {
             let all = kind.all();
             let usable = all.is_ok();
-            DeviceFinding { device, usable, found: all.map_or_else(|why| why, |all| format!("{} found", all.len())) }
+            DeviceFinding { device, usable, found: all.map_or_else(|why| why, |all| found(&all)) }
         };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         vec![
@@ -182,11 +247,37 @@ impl GpuKind {
         if found.is_empty() { Err(self.missing.to_owned()) } else { Ok(found) }
     }
 
+    /// The first one that is not emulated.
+    fn first_real(&self) -> Option<Device> {
+        self.all().ok()?.into_iter().find(|device| !is_emulated(device))
+    }
+
     fn open(&self, index: u16) -> Result<Device, String> {
         let found = self.all()?;
         let count = found.len();
         found.into_iter().nth(usize::from(index)).ok_or_else(|| format!("there are {count}, numbered from 0"))
     }
+}
+
+/// What is said of devices of one kind, of which there is at least one.
+fn found(all: &[Device]) -> String {
+    match all.iter().filter(|device| is_emulated(device)).count() {
+        0 => format!("{} found", all.len()),
+        emulated if emulated == all.len() => "emulated on the CPU; `auto` does not take it".to_owned(),
+        emulated => format!("{} found, {emulated} of them emulated on the CPU", all.len()),
+    }
+}
+
+/// Whether a GPU is one that the CPU plays, such as Mesa's lavapipe: right, and slower than device `cpu`.
+#[cfg(feature = "wgpu")]
+fn is_emulated(device: &Device) -> bool {
+    *device == Device::wgpu(burn::tensor::DeviceKind::Cpu)
+}
+
+/// Without wgpu there are none.
+#[cfg(not(feature = "wgpu"))]
+fn is_emulated(_: &Device) -> bool {
+    false
 }
 
 /// Asks burn which devices of a kind there are. Drivers that are missing or broken make some of its backends panic; that is
@@ -226,7 +317,8 @@ mod tests {
 
     #[test]
     fn what_is_not_there_is_refused_with_the_reason_and_auto_finds_something() {
-        assert!(PolicyDevice::Auto.open().is_ok());
+        let auto = PolicyDevice::Auto.open().unwrap();
+        assert!(matches!(&auto, Backend::Kernels) || matches!(&auto, Backend::Burn(device) if !is_emulated(device)));
         for finding in PolicyDevice::findings() {
             match finding.device.open() {
                 Ok(_) => assert!(finding.usable),

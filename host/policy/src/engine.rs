@@ -22,6 +22,7 @@ use crate::error::PolicyError;
 use crate::lora::{AdapterLayout, LoraConfig};
 use crate::parameters::Parameters;
 use crate::peft;
+use crate::predictor::Publisher;
 use crate::rotary::RotaryTable;
 use crate::scheduler::SchedulerLimits;
 use crate::session::{PolicyBackend, Speaker};
@@ -179,8 +180,10 @@ impl PolicyEngine {
         }
         let failed = |error: std::io::Error| PolicyError::Internal(format!("a thread could not be started: {error}"));
         let rotary = Arc::new(RotaryTable::new(&shape));
+        let runner = BatchRunner::new(config, rotary.clone())?;
         let limits = SchedulerLimits {
-            threads: config.thread_count(),
+            // One batch for a device: threads would take turns on it.
+            threads: if runner.device().is_some() { 1 } else { config.thread_count() },
             batch_wait_ms_max: config.batch_wait_ms_max,
             kv_cache_bytes_max: config.kv_cache_bytes_max,
             kv_cache_idle_bytes_max: config.kv_cache_idle_bytes_max,
@@ -190,7 +193,7 @@ impl PolicyEngine {
             kept_tokens_max: config.kept_tokens_max,
         };
         let (start, weights) = if let Some(lora) = &config.lora {
-            adapt(start, lora, seed, &rotary, config.thread_count())?
+            adapt(start, lora, seed, &rotary)?
         } else {
             let weights = ModelWeights::Full(start.policy.parameters.clone());
             (with_copies(start, &config.models), weights)
@@ -204,7 +207,8 @@ impl PolicyEngine {
             ..limits
         };
         let first = |(name, model): (&ModelName, &Trained)| {
-            Ok((name.clone(), Arc::new(model.publish(&tokenizer, limits, &rotary)?)))
+            let publisher = Publisher::new(&shape, rotary.clone(), config.thread_count(), runner.device());
+            Ok((name.clone(), Arc::new(model.publish(&tokenizer, limits, publisher)?)))
         };
         let published: BTreeMap<_, _> = models.iter().map(first).collect::<Result<_, _>>().map_err(failed)?;
         let published = Arc::new(published);
@@ -217,8 +221,7 @@ impl PolicyEngine {
             critic,
             offers_critic: config.critic.is_some(),
             snapshots: snapshots.into_iter().map(snapshot).collect(),
-            runner: BatchRunner::new(config, rotary.clone())?,
-            rotary,
+            runner,
             tokenizer: tokenizer.clone(),
             published: published.clone(),
         };
@@ -514,7 +517,6 @@ fn adapt(
     lora: &LoraConfig,
     seed: Seed,
     rotary: &Arc<RotaryTable>,
-    threads: usize,
 ) -> Result<(Checkpoint, ModelWeights), PolicyError> {
     let layout = Arc::new(AdapterLayout::new(lora));
     let shape = &model.policy.parameters.shape;
@@ -529,6 +531,6 @@ fn adapt(
         critic: None,
         snapshots: BTreeMap::new(),
     };
-    let base = Arc::new(Base::new(model.policy.parameters, rotary.clone(), threads));
+    let base = Arc::new(Base::new(model.policy.parameters, rotary.clone()));
     Ok((start, ModelWeights::Adapted { base, layout, adapter: None }))
 }

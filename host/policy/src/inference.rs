@@ -9,17 +9,20 @@ use fulgurite_core::id::PolicyVersion;
 use fulgurite_core::llm::KeptTokens;
 use fulgurite_core::training::{Aggregation, LossSpec, Stream, TrainingRow};
 
+use crate::block_pool::BlockPool;
 use crate::compute::{Bounds, Compute, PackedModels, Sources};
 use crate::config::PolicyConfig;
 use crate::decoder::{Row, Scratch};
-use crate::device::Backend;
+use crate::device_decoder::DeviceDecoder;
 use crate::error::PolicyError;
 use crate::kernel;
 use crate::kv_cache::KvCache;
 use crate::loss::BatchLoss;
+use crate::model::{DeviceModels, Model};
 use crate::optimiser::gradient_norm;
 use crate::parameters::Parameters;
 use crate::peft;
+use crate::predictor::Predictor;
 use crate::rotary::RotaryTable;
 use crate::shape::ModelShape;
 use crate::train::{BatchRunner, Objective, check_rows};
@@ -49,10 +52,25 @@ pub struct Greedy {
 #[derive(Debug)]
 pub struct Inference {
     weights: ModelWeights,
-    packed: PackedModels,
+    models: Ready,
     rotary: Arc<RotaryTable>,
     runner: BatchRunner,
-    backend: Backend,
+}
+
+/// Weights as what computes wants them.
+#[derive(Debug)]
+enum Ready {
+    Kernels(Box<PackedModels>),
+    Device(Arc<DeviceModels>, Arc<Model>),
+}
+
+impl Ready {
+    fn new(weights: &ModelWeights, rotary: &Arc<RotaryTable>, runner: &BatchRunner) -> Self {
+        match runner.device() {
+            None => Self::Kernels(Box::new(PackedModels::new(weights, None, false, rotary, 1))),
+            Some(models) => Self::Device(models.clone(), models.get(weights)),
+        }
+    }
 }
 
 impl Inference {
@@ -75,25 +93,22 @@ impl Inference {
     pub(crate) fn new(config: &PolicyConfig, parameters: Arc<Parameters>) -> Result<Self, PolicyError> {
         let rotary = Arc::new(RotaryTable::new(&parameters.shape));
         let weights = ModelWeights::Full(parameters);
-        let packed = PackedModels::new(&weights, None, false, &rotary, 1);
         let runner = BatchRunner::new(config, rotary.clone())?;
-        Ok(Self { weights, packed, rotary, runner, backend: config.device.open()? })
+        let models = Ready::new(&weights, &rotary, &runner);
+        Ok(Self { weights, models, rotary, runner })
     }
 
     /// The same model under an adapter in PEFT's layout. Gradients are then the adapter's.
     ///
     /// # Errors
-    /// When the folder holds no plain LoRA adapter for this model, or the device is not `cpu`.
+    /// When the folder holds no plain LoRA adapter for this model.
     pub fn with_adapter(self, dir: &Path) -> Result<Self, PolicyError> {
-        if !matches!(self.backend, Backend::Kernels) {
-            return Err(PolicyError::Unsupported("adapters on another device than `cpu`".to_owned()));
-        }
         let layout = Arc::new(peft::read_layout(dir)?);
         let adapter = Some(Arc::new(peft::load(dir, &layout, self.shape())?));
-        let base = Arc::new(Base::new(self.weights.merged(), self.rotary.clone(), 1));
+        let base = Arc::new(Base::new(self.weights.merged(), self.rotary.clone()));
         let weights = ModelWeights::Adapted { base, layout, adapter };
-        let packed = PackedModels::new(&weights, None, false, &self.rotary, 1);
-        Ok(Self { weights, packed, ..self })
+        let models = Ready::new(&weights, &self.rotary, &self.runner);
+        Ok(Self { weights, models, ..self })
     }
 
     /// Sizes of the model.
@@ -113,16 +128,14 @@ impl Inference {
     pub fn logits(&self, ids: &[u32], from: usize) -> Result<Vec<f32>, PolicyError> {
         self.check(ids, from, 0)?;
         let sources: Vec<(usize, usize)> = (from..ids.len()).map(|at| (0, at)).collect();
-        let mut compute = match &self.backend {
-            Backend::Kernels => {
-                let bounds = Bounds { recompute: false, logits_tokens_max: sources.len() };
-                Compute::kernels(&self.packed, Box::default(), bounds)
-            }
-            Backend::Burn(device) => Compute::burn(device, self.weights.trained(), None, false),
+        let bounds = Bounds { recompute: false, logits_tokens_max: sources.len() };
+        let mut compute = match &self.models {
+            Ready::Kernels(packed) => Compute::kernels(packed, Box::default(), bounds),
+            Ready::Device(_, model) => Compute::device(model, None, false, bounds),
         };
         let mut all = Vec::new();
         let sources = Sources { rows: &[ids], at: &sources, length: ids.len() };
-        compute.logits(sources, &self.rotary, None, &mut |_, logits, _| all.extend_from_slice(logits))?;
+        compute.logits(sources, &self.rotary, &mut |logits| all.extend_from_slice(logits))?;
         Ok(all)
     }
 
@@ -165,21 +178,29 @@ impl Inference {
     }
 
     /// The likeliest continuation of at most `count` tokens, which ends early after one of `ends` or when the context is
-    /// full. Of equally likely tokens the first is taken. Runs on the sampler's kernels with kept keys and values, on any
-    /// device.
+    /// full. Of equally likely tokens the first is taken. Computed as generation is, with kept keys and values.
     ///
     /// # Errors
     /// As of [`logits`](Self::logits), and when logits are not numbers.
     pub fn greedy(&self, ids: &[u32], count: usize, ends: &[u32]) -> Result<Greedy, PolicyError> {
         self.check(ids, 0, 0)?;
-        let decoder = self.packed.decoder();
-        let (mut cache, mut scratch) = (KvCache::default(), Scratch::default());
+        let predictor = match &self.models {
+            Ready::Kernels(packed) => Predictor::Kernels(packed.decoder().clone()),
+            Ready::Device(models, model) => Predictor::Device(DeviceDecoder {
+                version: PolicyVersion::default(),
+                model: model.clone(),
+                pool: Arc::new(BlockPool::new(models, self.shape())),
+                rotary: self.rotary.clone(),
+            }),
+        };
+        let meter = predictor.meter();
+        let mut cache = KvCache::of_blocks(&[], vec![], Some(&meter));
+        let mut scratch = Scratch::default();
         let mut answer = Greedy { tokens: vec![], log_probs: vec![] };
         let mut fed = ids.to_vec();
         while answer.tokens.len() < count && ids.len() + answer.tokens.len() < self.shape().context_tokens_max {
             let rows: Vec<Row> = fed.iter().map(|token| Row { cache: 0, token: *token }).collect();
-            decoder.forward(&rows, &mut [&mut cache], &mut scratch);
-            decoder.logits(std::iter::once(rows.len() - 1), &mut scratch);
+            predictor.predict(&rows, &mut [&mut cache], &[rows.len() - 1], &mut scratch);
             let (max, normaliser) = kernel::log_normaliser(&mut scratch.logits, 1.0);
             let best = (0_u32..).zip(&scratch.logits).find(|(_, logit)| **logit >= max);
             let Some((token, logit)) = best.filter(|_| normaliser.is_finite()) else {

@@ -4,6 +4,8 @@
 //! sequence appends to is its own, a shared block is copied before it is written to. (Rejected: one piece of memory per
 //! sequence, copied where prompts are equal. Sixteen copies of a prompt of 512 tokens take as long as computing it once
 //! more, and sixteen times the memory.)
+//!
+//! On a device a block is a slot of its [pool](crate::block_pool): who shares and frees what is the same code.
 
 #![expect(
     clippy::inline_always,
@@ -15,8 +17,8 @@
 )]
 
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pulp::{Simd, WithSimd};
 
@@ -29,19 +31,81 @@ pub(crate) const BLOCK_TOKENS: usize = PANEL;
 
 /// Memory of all blocks that are alive, in bytes, and what is set aside for blocks about to be made.
 #[derive(Debug, Default)]
-pub(crate) struct Meter(AtomicUsize);
+pub(crate) struct Meter {
+    bytes: AtomicUsize,
+    /// Where blocks are on a device.
+    slots: Option<Slots>,
+}
 
 impl Meter {
+    /// Of blocks whose keys and values are on a device.
+    pub(crate) fn of_slots() -> Self {
+        Self { bytes: AtomicUsize::new(0), slots: Some(Slots::default()) }
+    }
+
     pub(crate) fn bytes(&self) -> usize {
-        self.0.load(Ordering::Acquire)
+        self.bytes.load(Ordering::Acquire)
     }
 
     pub(crate) fn add(&self, bytes: usize) {
-        self.0.fetch_add(bytes, Ordering::AcqRel);
+        self.bytes.fetch_add(bytes, Ordering::AcqRel);
     }
 
     pub(crate) fn subtract(&self, bytes: usize) {
-        self.0.fetch_sub(bytes, Ordering::AcqRel);
+        self.bytes.fetch_sub(bytes, Ordering::AcqRel);
+    }
+
+    pub(crate) fn slots(&self) -> Option<&Slots> {
+        self.slots.as_ref()
+    }
+}
+
+/// A device's blocks by their number: which are free, and what must be copied before the next forward pass.
+#[derive(Debug, Default)]
+pub(crate) struct Slots(Mutex<SlotState>);
+
+#[derive(Debug, Default)]
+struct SlotState {
+    free: Vec<usize>,
+    /// Numbers that were ever given out.
+    made: usize,
+    copies: Vec<(usize, usize)>,
+}
+
+impl Slots {
+    /// What is written and never read: keys and values of padding.
+    pub(crate) const WASTE: usize = 0;
+    /// Always zeros: what a new block begins as, and what stands behind the last block of a sequence.
+    pub(crate) const ZEROS: usize = 1;
+    const RESERVED: usize = 2;
+
+    fn lock(&self) -> MutexGuard<'_, SlotState> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A slot with what another one has, from the next forward pass on.
+    fn take(&self, content: usize) -> usize {
+        let mut state = self.lock();
+        let slot = state.free.pop().unwrap_or_else(|| {
+            state.made += 1;
+            Self::RESERVED + state.made - 1
+        });
+        state.copies.push((content, slot));
+        slot
+    }
+
+    fn give_back(&self, slot: usize) {
+        self.lock().free.push(slot);
+    }
+
+    /// Slots that there must be room for.
+    pub(crate) fn count(&self) -> usize {
+        Self::RESERVED + self.lock().made
+    }
+
+    /// What must be copied, as (from, to). All is read before anything is written.
+    pub(crate) fn take_copies(&self) -> Vec<(usize, usize)> {
+        std::mem::take(&mut self.lock().copies)
     }
 }
 
@@ -51,11 +115,19 @@ impl Meter {
 pub(crate) struct BlockLayout {
     pub(crate) layers: usize,
     pub(crate) kv_width: usize,
+    /// Of one number.
+    pub(crate) value_bytes: usize,
 }
 
 impl BlockLayout {
+    /// Of the kernels' blocks.
     pub(crate) fn new(shape: &ModelShape) -> Self {
-        Self { layers: shape.layers, kv_width: shape.kv_width() }
+        Self::on_device(shape, size_of::<f32>())
+    }
+
+    /// Of blocks on a device, in numbers of so many bytes.
+    pub(crate) fn on_device(shape: &ModelShape, value_bytes: usize) -> Self {
+        Self { layers: shape.layers, kv_width: shape.kv_width(), value_bytes }
     }
 
     fn floats(self) -> usize {
@@ -64,7 +136,7 @@ impl BlockLayout {
 
     /// Memory of one block in bytes.
     pub(crate) fn block_bytes(self) -> usize {
-        4 * self.floats()
+        self.value_bytes * self.floats()
     }
 
     fn keys(self, layer: usize) -> Range<usize> {
@@ -78,32 +150,56 @@ impl BlockLayout {
     }
 }
 
-/// Keys and values of some positions in all layers.
+/// Keys and values of some positions in all layers: here, or in a slot of a device.
 #[derive(Debug)]
 pub(crate) struct Block {
+    /// Empty on a device.
     floats: Vec<f32>,
+    /// On a device.
+    slot: usize,
+    bytes: usize,
     meter: Option<Arc<Meter>>,
 }
 
 impl Block {
-    fn new(floats: Vec<f32>, meter: Option<&Arc<Meter>>) -> Self {
+    fn new(layout: BlockLayout, meter: Option<&Arc<Meter>>) -> Self {
+        let slots = meter.and_then(|meter| meter.slots());
+        let floats = if slots.is_some() { vec![] } else { vec![0.0; layout.floats()] };
+        let slot = slots.map_or(0, |slots| slots.take(Slots::ZEROS));
+        Self::counted(floats, slot, layout.block_bytes(), meter)
+    }
+
+    fn counted(floats: Vec<f32>, slot: usize, bytes: usize, meter: Option<&Arc<Meter>>) -> Self {
         if let Some(meter) = meter {
-            meter.add(4 * floats.len());
+            meter.add(bytes);
         }
-        Self { floats, meter: meter.cloned() }
+        Self { floats, slot, bytes, meter: meter.cloned() }
+    }
+
+    fn slots(&self) -> Option<&Slots> {
+        self.meter.as_ref().and_then(|meter| meter.slots())
+    }
+
+    /// Its number on a device.
+    pub(crate) fn slot(&self) -> usize {
+        self.slot
     }
 }
 
 impl Clone for Block {
     fn clone(&self) -> Self {
-        Self::new(self.floats.clone(), self.meter.as_ref())
+        let slot = self.slots().map_or(0, |slots| slots.take(self.slot));
+        Self::counted(self.floats.clone(), slot, self.bytes, self.meter.as_ref())
     }
 }
 
 impl Drop for Block {
     fn drop(&mut self) {
+        if let Some(slots) = self.slots() {
+            slots.give_back(self.slot);
+        }
         if let Some(meter) = &self.meter {
-            meter.subtract(4 * self.floats.len());
+            meter.subtract(self.bytes);
         }
     }
 }
@@ -162,7 +258,7 @@ impl KvCache {
         match self.blocks.get_mut(position / BLOCK_TOKENS) {
             // Copied when another sequence has it too.
             Some(block) => drop(Arc::make_mut(block)),
-            None => self.blocks.push(Arc::new(Block::new(vec![0.0; layout.floats()], self.meter.as_ref()))),
+            None => self.blocks.push(Arc::new(Block::new(layout, self.meter.as_ref()))),
         }
         self.ids.push(token);
         position
@@ -323,7 +419,7 @@ mod tests {
         let mut cache = KvCache::default();
         let (keys, values) = (draws(length * kv_heads * dim, 3), draws(length * kv_heads * dim, 4));
         let width = kv_heads * dim;
-        let (layout, layer) = (BlockLayout { layers: 2, kv_width: width }, 1);
+        let (layout, layer) = (BlockLayout { layers: 2, kv_width: width, value_bytes: 4 }, 1);
         for position in 0..length {
             let at = position * width..(position + 1) * width;
             assert_eq!(cache.append(7, layout), position);
@@ -352,8 +448,39 @@ mod tests {
     }
 
     #[test]
+    fn blocks_on_a_device_are_slots_that_are_copied_when_written_to_and_used_again() {
+        let layout = BlockLayout { layers: 3, kv_width: 2, value_bytes: 2 };
+        let meter = Arc::new(Meter::of_slots());
+        let slots = meter.slots().unwrap();
+        let fed = |cache: &mut KvCache, tokens: u32| {
+            for token in 0..tokens {
+                cache.append(token, layout);
+            }
+        };
+        let of = |cache: &KvCache| cache.blocks().iter().map(|block| block.slot()).collect::<Vec<_>>();
+        let mut first = KvCache::of_blocks(&[], vec![], Some(&meter));
+        fed(&mut first, 40);
+        assert_eq!((of(&first), slots.count()), (vec![2, 3], 4));
+        assert_eq!(slots.take_copies(), [(Slots::ZEROS, 2), (Slots::ZEROS, 3)]);
+        assert_eq!(meter.bytes(), 2 * (3 * 2 * 32 * 2 * 2));
+        let mut second = first.prefix(35);
+        assert!(slots.take_copies().is_empty() && of(&second) == [2, 3]);
+        fed(&mut second, 1);
+        assert_eq!((of(&first), of(&second), slots.take_copies()), (vec![2, 3], vec![2, 4], vec![(3, 4)]));
+        fed(&mut first, 1);
+        assert!(slots.take_copies().is_empty(), "nobody else has its last block any more");
+        drop(second);
+        let mut third = KvCache::of_blocks(&[], vec![], Some(&meter));
+        fed(&mut third, 33);
+        assert_eq!((of(&third), slots.count()), (vec![4, 5], 6));
+        assert_eq!(slots.take_copies(), [(Slots::ZEROS, 4), (Slots::ZEROS, 5)]);
+        drop((first, third));
+        assert_eq!(meter.bytes(), 0);
+    }
+
+    #[test]
     fn blocks_are_shared_until_they_are_written_to_and_all_are_counted() {
-        let layout = BlockLayout { layers: 1, kv_width: 2 };
+        let layout = BlockLayout { layers: 1, kv_width: 2, value_bytes: 4 };
         let meter = Arc::new(Meter::default());
         let mut first = KvCache::of_blocks(&[], vec![], Some(&meter));
         assert_eq!(first.blocks_to_make(40), 2);

@@ -5,7 +5,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::kv_cache::{BLOCK_TOKENS, BlockLayout, KvCache, Meter};
 use crate::prefix_tree::PrefixTree;
-use crate::shape::ModelShape;
 
 /// The engine's blocks.
 #[derive(Debug)]
@@ -31,11 +30,10 @@ impl Drop for Reserved<'_> {
 }
 
 impl KvMemory {
-    /// `idle_bytes_max` is of what is kept that no live session has used.
-    pub(crate) fn new(shape: &ModelShape, bytes_max: usize, idle_bytes_max: usize) -> Self {
-        let layout = BlockLayout::new(shape);
+    /// `meter` counts the blocks; `idle_bytes_max` is of what is kept that no live session has used.
+    pub(crate) fn new(layout: BlockLayout, meter: Arc<Meter>, bytes_max: usize, idle_bytes_max: usize) -> Self {
         Self {
-            meter: Arc::default(),
+            meter,
             tree: Mutex::new(PrefixTree::new(idle_bytes_max / layout.block_bytes())),
             layout,
             bytes_max,

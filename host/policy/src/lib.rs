@@ -27,6 +27,7 @@
 mod architecture_tests;
 mod attention_kernel;
 mod backprop;
+mod block_pool;
 mod call;
 mod checkpoint;
 mod compute;
@@ -34,6 +35,8 @@ mod config;
 mod constraint;
 mod decoder;
 mod device;
+mod device_decoder;
+mod device_loss;
 mod engine;
 mod error;
 mod gradient_kernel;
@@ -46,11 +49,13 @@ mod lora;
 #[cfg(test)]
 mod lora_tests;
 mod loss;
+mod low_rank;
 mod model;
 mod optimiser;
 mod parallel;
 mod parameters;
 mod peft;
+mod predictor;
 mod prefix_tree;
 mod rotary;
 mod row_attention;
@@ -76,7 +81,7 @@ mod weights;
 mod worker;
 
 pub use config::{CriticConfig, PolicyConfig, Preset};
-pub use device::{DeviceFinding, PolicyDevice};
+pub use device::{DeviceFinding, DevicePrecision, PolicyDevice};
 pub use engine::{EncodedDemonstration, EngineStatistics, PolicyEngine};
 pub use error::PolicyError;
 pub use hugging_face::{

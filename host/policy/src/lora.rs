@@ -168,7 +168,7 @@ impl AdapterLayout {
     }
 
     #[expect(clippy::cast_possible_truncation, reason = "the model computes in f32")]
-    fn scale(&self) -> f32 {
+    pub(crate) fn scale(&self) -> f32 {
         (self.alpha / self.rank as f64) as f32
     }
 
@@ -191,7 +191,7 @@ impl AdapterLayout {
     }
 
     /// Place of a target's `A`; its `B` is the next tensor.
-    fn place(&self, layer: usize, target: LoraTarget) -> Option<usize> {
+    pub(crate) fn place(&self, layer: usize, target: LoraTarget) -> Option<usize> {
         let at = self.targets.iter().position(|known| *known == target)?;
         Some(2 * (layer * self.targets.len() + at))
     }

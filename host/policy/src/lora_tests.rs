@@ -35,7 +35,7 @@ fn shapes() -> Vec<ModelShape> {
 
 fn base(shape: &ModelShape) -> Arc<Base> {
     let rotary = Arc::new(RotaryTable::new(shape));
-    Arc::new(Base::new(Arc::new(Parameters::initial(shape, 0.2, Seed::new(1))), rotary, 2))
+    Arc::new(Base::new(Arc::new(Parameters::initial(shape, 0.2, Seed::new(1))), rotary))
 }
 
 fn runner_of(shape: &ModelShape, config: &PolicyConfig) -> BatchRunner {
@@ -70,9 +70,11 @@ fn log_probs(runner: &BatchRunner, weights: &ModelWeights, rows: &[TrainingRow])
 
 #[test]
 fn a_fresh_adapter_changes_no_bit_and_the_base_is_the_reference() {
-    for shape in shapes() {
+    for (shape, device) in
+        shapes().into_iter().flat_map(|shape| PolicyDevice::tested().into_iter().map(move |d| (shape.clone(), d)))
+    {
         let base = base(&shape);
-        let runner = runner_of(&shape, &config(PolicyDevice::Cpu, 2, true));
+        let runner = runner_of(&shape, &config(device, 2, true));
         let rows = rows(&runner, &base.parameters, 12);
         let plain = log_probs(&runner, &ModelWeights::Full(base.parameters.clone()), &rows);
         let weights = fresh(&base, &LoraConfig { rank: 4, ..LoraConfig::default() });
@@ -121,7 +123,7 @@ fn an_adapter_samples_and_trains_with_the_same_bits_and_merges_into_a_plain_mode
         let mut trained = vec![];
         let rows = [ids.as_slice()];
         let sources = crate::compute::Sources { rows: &rows, at: &sources, length: ids.len() };
-        compute.logits(sources, &rotary, None, &mut |_, logits, _| trained.extend_from_slice(logits)).unwrap();
+        compute.logits(sources, &rotary, &mut |logits| trained.extend_from_slice(logits)).unwrap();
         for part in [1, 11, 30] {
             assert!(sampled(&decoder, &ids, part) == trained, "parts of {part}");
         }
@@ -133,16 +135,41 @@ fn an_adapter_samples_and_trains_with_the_same_bits_and_merges_into_a_plain_mode
     }
 }
 
+#[test]
+fn adapters_on_devices_agree_with_the_kernels() {
+    let config_of = |device| PolicyConfig { device, ..config(PolicyDevice::Cpu, 2, true) };
+    for (shape, device) in shapes()
+        .into_iter()
+        .flat_map(|shape| PolicyDevice::tested().into_iter().skip(1).map(move |d| (shape.clone(), d)))
+    {
+        let base = base(&shape);
+        let [kernels, burn] = [PolicyDevice::Cpu, device].map(|device| runner_of(&shape, &config_of(device)));
+        let weights = adapted(&base, &LoraConfig { rank: 4, ..LoraConfig::default() }, 1);
+        let rows = rows(&kernels, &base.parameters, 12);
+        let [want, got] = [&kernels, &burn].map(|runner| {
+            let objective = objective(runner, &weights, &rows, &full_spec(), None);
+            (log_probs(runner, &weights, &rows), runner.run(weights.clone(), rows.clone(), objective).unwrap())
+        });
+        let pairs = want.0.iter().flatten().zip(got.0.iter().flatten());
+        let difference = pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(difference < 5e-5, "{device}: {difference}");
+        let (want, got) = (want.1.gradient.unwrap(), got.1.gradient.unwrap());
+        let difference = largest_difference(&want, &got);
+        assert!(difference < 1e-4 * largest(&want), "{device}: {difference} of {}", largest(&want));
+    }
+}
+
 /// The slope of the loss along each tensor's gradient is that gradient's norm.
 #[test]
 fn the_gradient_of_every_matrix_is_the_slope_of_the_loss() {
-    for (shape, targets) in shapes().into_iter().zip([
-        LoraTarget::ALL.to_vec(),
-        LoraTarget::ALL.to_vec(),
-        vec![LoraTarget::Down, LoraTarget::V, LoraTarget::Gate],
-    ]) {
+    let targets =
+        [LoraTarget::ALL.to_vec(), LoraTarget::ALL.to_vec(), vec![LoraTarget::Down, LoraTarget::V, LoraTarget::Gate]];
+    let all = shapes().into_iter().zip(targets);
+    for ((shape, targets), device) in
+        all.flat_map(|one| PolicyDevice::tested().into_iter().map(move |d| (one.clone(), d)))
+    {
         let base = base(&shape);
-        let runner = runner_of(&shape, &config(PolicyDevice::Cpu, 2, true));
+        let runner = runner_of(&shape, &config(device, 2, true));
         let weights = adapted(&base, &LoraConfig { rank: 3, alpha: 5.0, targets, ..LoraConfig::default() }, 2);
         let rows = rows(&runner, &base.parameters, 9);
         let spec = LossSpec {

@@ -484,7 +484,7 @@ mod tests {
             RowAttention { row: row(&projected, case), scratch: &mut scratch, mixed: &mut mixed }.run();
 
             let (mut cache, mut scores) = (KvCache::default(), vec![]);
-            let (layout, layer) = (BlockLayout { layers: 3, kv_width: kv }, 1);
+            let (layout, layer) = (BlockLayout { layers: 3, kv_width: kv, value_bytes: 4 }, 1);
             for (at, token) in projected.chunks_exact(query_width + 2 * kv).enumerate() {
                 let (query, rest) = token.split_at(query_width);
                 assert_eq!(cache.append(7, layout), at);

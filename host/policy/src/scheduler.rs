@@ -24,8 +24,8 @@ use tokio::sync::oneshot;
 
 use crate::call::{Call, Generated, Request};
 use crate::constraint::{Grammars, Progress};
-use crate::decoder::Decoder;
 use crate::kv_memory::KvMemory;
+use crate::predictor::Predictor;
 use crate::tokenizer::PolicyTokenizer;
 use crate::worker::Worker;
 
@@ -47,7 +47,7 @@ pub(crate) struct RequestKey {
 /// Published weights.
 #[derive(Debug, Clone)]
 pub(crate) struct Weights {
-    pub(crate) decoder: Arc<Decoder>,
+    pub(crate) predictor: Arc<Predictor>,
     /// Counts publications. Versions may come again, when a checkpoint is restored, with other weights.
     pub(crate) generation: u64,
 }
@@ -239,7 +239,11 @@ impl Drop for OnPanic {
 
 impl Generator {
     /// Starts the threads.
-    pub(crate) fn start(first: Decoder, tokenizer: PolicyTokenizer, limits: SchedulerLimits) -> std::io::Result<Self> {
+    pub(crate) fn start(
+        first: Predictor,
+        tokenizer: PolicyTokenizer,
+        limits: SchedulerLimits,
+    ) -> std::io::Result<Self> {
         let generator = Self { scheduler: Arc::new(Scheduler::new(first, tokenizer, limits)) };
         for index in 0..limits.threads.max(1) {
             let scheduler = generator.scheduler.clone();
@@ -254,12 +258,14 @@ impl Generator {
 
 impl Scheduler {
     /// Without threads.
-    pub(crate) fn new(first: Decoder, tokenizer: PolicyTokenizer, limits: SchedulerLimits) -> Self {
+    pub(crate) fn new(first: impl Into<Predictor>, tokenizer: PolicyTokenizer, limits: SchedulerLimits) -> Self {
+        let first = first.into();
+        let (bytes_max, idle_bytes_max) = (limits.kv_cache_bytes_max, limits.kv_cache_idle_bytes_max);
         Self {
             state: Mutex::default(),
             wake: Condvar::new(),
-            memory: KvMemory::new(&first.shape, limits.kv_cache_bytes_max, limits.kv_cache_idle_bytes_max),
-            published: RwLock::new(Weights { decoder: Arc::new(first), generation: 0 }),
+            memory: KvMemory::new(first.layout(), first.meter(), bytes_max, idle_bytes_max),
+            published: RwLock::new(Weights { predictor: Arc::new(first), generation: 0 }),
             tokenizer,
             grammars: OnceLock::new(),
             counters: Counters::default(),
@@ -277,8 +283,8 @@ impl Scheduler {
     }
 
     /// The newest weights.
-    pub(crate) fn published(&self) -> Arc<Decoder> {
-        self.weights().decoder
+    pub(crate) fn published(&self) -> Arc<Predictor> {
+        self.weights().predictor
     }
 
     /// The start of a completion that must have a shape.
@@ -292,11 +298,12 @@ impl Scheduler {
     }
 
     /// Replaces the weights for calls that start from now on; calls in flight end on theirs, unless they are to be swapped.
-    pub(crate) fn publish(&self, decoder: Decoder) {
+    pub(crate) fn publish(&self, predictor: impl Into<Predictor>) {
+        let predictor = Arc::new(predictor.into());
         let generation = {
             let mut published = self.published.write().unwrap_or_else(PoisonError::into_inner);
             let generation = published.generation + 1;
-            *published = Weights { decoder: Arc::new(decoder), generation };
+            *published = Weights { predictor, generation };
             generation
         };
         // At once: what comes next may be training, which needs memory of its own.

@@ -193,7 +193,7 @@ impl Session {
         let (speaker, id) = self.asked(&request.agent_role);
         let scheduler = &speaker.generator.scheduler;
         let sampling = request.sampling.clone().filled_from(&self.info.sampling);
-        check(&sampling, scheduler.published().shape.vocabulary)?;
+        check(&sampling, scheduler.published().shape().vocabulary)?;
         let prompt: Arc<[u32]> = self.encode(scheduler, &request.messages, &request.tools)?.into();
         let listener = listener.map(|listener| listener.told(&prompt));
         let seed = match sampling.seed {
@@ -215,7 +215,7 @@ impl Session {
         messages: &[Message],
         tools: &[fulgurite_core::llm::ToolSpec],
     ) -> Result<Vec<u32>, LlmError> {
-        let context = scheduler.published().shape.context_tokens_max;
+        let context = scheduler.published().shape().context_tokens_max;
         let exceeded = |tokens: usize| LlmError::ContextLengthExceeded {
             prompt_tokens: u32::try_from(tokens).unwrap_or(u32::MAX),
             context_tokens_max: u32::try_from(context).unwrap_or(u32::MAX),

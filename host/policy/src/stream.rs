@@ -59,7 +59,7 @@ impl PolicyStream {
     pub(crate) fn new(session: Arc<Session>, speaker: Speaker, call_index: u64, request: Arc<ChatRequest>) -> Self {
         let scheduler = &speaker.generator.scheduler;
         // Never full: a completion has fewer tokens.
-        let (pieces, unread) = mpsc::channel(scheduler.published().shape.context_tokens_max);
+        let (pieces, unread) = mpsc::channel(scheduler.published().shape().context_tokens_max);
         let prompt: Arc<OnceLock<_>> = Arc::default();
         let listener = Listener { prompt: prompt.clone(), pieces };
         let stops = request.sampling.clone().filled_from(&session.info.sampling).stop;

@@ -14,12 +14,12 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 use fulgurite_core::training::{ForwardBackwardReport, RowDerivatives, RowLogProbs, Stream, TrainingRow};
 
-use crate::compute::{Bounds, Compute, Models, PackedModels, Sources, Workspace};
+use crate::compute::{Asked, Bounds, Compute, Models, PackedModels, Sources, Workspace, narrow};
 use crate::config::PolicyConfig;
 use crate::device::Backend;
 use crate::error::PolicyError;
-use crate::kernel;
 use crate::loss::{self, BatchLoss, Seen, Slopes};
+use crate::model::DeviceModels;
 use crate::parallel;
 use crate::parameters::{Parameters, Values};
 use crate::rotary::RotaryTable;
@@ -71,7 +71,8 @@ pub(crate) struct BatchRunner {
     logits_bytes_max: usize,
     recompute: bool,
     rotary: Arc<RotaryTable>,
-    backend: Backend,
+    /// `None` on the kernels.
+    device: Option<Arc<DeviceModels>>,
     memory: Arc<Memory>,
 }
 
@@ -212,8 +213,8 @@ impl BatchRunner {
     /// Starts the workers.
     pub(crate) fn new(config: &PolicyConfig, rotary: Arc<RotaryTable>) -> Result<Self, PolicyError> {
         let backend = config.device.open()?;
+        backend.check_precision(config.device, config.device_precision)?;
         let asked = [
-            ("lora", config.lora.is_some()),
             ("models", !config.models.is_empty()),
             ("critic", config.critic.is_some()),
             ("gradient_checkpointing", config.gradient_checkpointing),
@@ -240,9 +241,14 @@ impl BatchRunner {
             logits_bytes_max: config.logits_bytes_max,
             recompute: config.gradient_checkpointing,
             rotary,
-            backend,
+            device: backend.models(config.device_precision).map(Arc::new),
             memory: Arc::default(),
         })
+    }
+
+    /// The device's copies of weights; `None` on the kernels.
+    pub(crate) fn device(&self) -> Option<&Arc<DeviceModels>> {
+        self.device.as_ref()
     }
 
     /// Runs a checked batch.
@@ -265,15 +271,18 @@ impl BatchRunner {
             Objective::Values => outcome.values = rows.iter().map(zeros).collect(),
             _ => {}
         }
-        let shards = plan(&rows, self.shards, self.micro_batch_tokens_max, matches!(self.backend, Backend::Burn(_)));
+        let shards = plan(&rows, self.shards, self.micro_batch_tokens_max, self.device.is_some());
         let results = Mutex::new(shards.iter().map(|_| None).collect());
         let rotary = self.rotary.clone();
-        let models = match &self.backend {
-            Backend::Kernels => {
+        let models = match &self.device {
+            None => {
                 let reference = objective.reference();
                 Models::Packed(Box::new(PackedModels::new(&weights, reference, tracked, &rotary, self.threads())))
             }
-            Backend::Burn(device) => Models::Burn(device.clone()),
+            Some(models) => {
+                let reference = objective.reference().map(|reference| models.get(reference));
+                Models::Device(models.get(&weights), reference)
+            }
         };
         let logits_tokens_max = self.logits_bytes_max / (size_of::<f32>() * weights.shape().vocabulary);
         let bounds = Bounds { recompute: self.recompute, logits_tokens_max: logits_tokens_max.max(1) };
@@ -377,6 +386,7 @@ impl Job {
             for batch in shard {
                 self.micro_batch(batch, &mut compute, &mut result)?;
             }
+            compute.collect(result.gradient.as_mut())?;
             if let Some(slot) = self.results.lock().unwrap_or_else(PoisonError::into_inner).get_mut(index) {
                 *slot = Some(result);
             }
@@ -389,9 +399,8 @@ impl Job {
 
     fn compute(&self) -> Compute<'_> {
         match &self.models {
-            Models::Burn(device) => {
-                let reference = self.objective.reference().map(|reference| &**reference.trained());
-                Compute::burn(device, self.weights.trained(), reference, self.objective.is_tracked())
+            Models::Device(model, reference) => {
+                Compute::device(model, reference.as_deref(), self.objective.is_tracked(), self.bounds)
             }
             Models::Packed(packed) => {
                 let workspace = take(&self.memory.workspaces).unwrap_or_default();
@@ -429,12 +438,20 @@ impl Job {
         if matches!(self.objective, Objective::Values | Objective::ValueDerivatives(_)) {
             compute.values(sources, gradient.as_mut(), |values| self.values(&targets, values, result))?;
         } else {
-            compute.logits(sources, &self.rotary, gradient.as_mut(), &mut |tokens, logits, reference| {
-                self.tokens(targets.get(tokens).unwrap_or_default(), logits, reference, result);
+            let asked: Vec<Asked<'_>> = targets.iter().filter_map(|target| self.asked(*target)).collect();
+            compute.tokens(sources, &asked, &self.rotary, gradient.as_mut(), &mut |token, seen| {
+                let target = targets.get(token).and_then(|target| Some((target, self.rows.get(target.row)?)));
+                target.map_or(Slopes::default(), |(target, row)| self.token(target, row, seen, result))
             })?;
         }
         result.gradient = gradient;
         Ok(())
+    }
+
+    fn asked(&self, target: Target) -> Option<Asked<'_>> {
+        let row = self.rows.get(target.row)?;
+        let temperature = if row.temperature > 0.0 { row.temperature } else { 1.0 };
+        Some(Asked { id: *row.ids.get(target.at)?, temperature, support: Support::of(row, target.at) })
     }
 
     /// Takes down values, or replaces them by the given derivatives.
@@ -445,43 +462,6 @@ impl Job {
             } else {
                 result.values.push((*target, *value));
             }
-        }
-    }
-
-    /// Turns logits into `d loss / d logits` in place, token by token.
-    fn tokens(&self, targets: &[Target], logits: &mut [f32], reference: Option<&mut [f32]>, result: &mut ShardResult) {
-        let vocabulary = self.weights.shape().vocabulary;
-        let mut reference = reference.map(|logits| logits.chunks_exact_mut(vocabulary));
-        let (mut scaled, mut gathered) = (Vec::with_capacity(vocabulary), Vec::new());
-        for (target, logits) in targets.iter().zip(logits.chunks_exact_mut(vocabulary)) {
-            let Some(row) = self.rows.get(target.row) else { continue };
-            let temperature = if row.temperature > 0.0 { row.temperature } else { 1.0 };
-            let id = row.ids.get(target.at).copied().unwrap_or(0);
-            let support = Support::of(row, target.at);
-            let reference = reference.as_mut().and_then(Iterator::next).map(|logits| {
-                let (values, place) = support.gather(logits, id, &mut gathered);
-                let (_, normaliser) = kernel::log_normaliser(values, temperature);
-                values.get(place).map_or(f64::NAN, |logit| f64::from(logit - normaliser))
-            });
-            let (values, id) = support.gather(logits, id, &mut gathered);
-            let (_, normaliser) = kernel::log_normaliser(values, temperature);
-            let log_prob = values.get(id).map_or(f32::NAN, |logit| logit - normaliser);
-            scaled.clear();
-            scaled.extend_from_slice(values);
-            let entropy = kernel::probabilities(values, normaliser);
-            let seen = Seen { log_prob: f64::from(log_prob), entropy: f64::from(entropy), reference };
-            let slopes = self.token(target, row, seen, result);
-            let (d_log_prob, d_entropy) = narrow(slopes.log_prob, slopes.entropy);
-            // With z the scaled logits: d log p(y) / dz_j = [j = y] - p_j and dH / dz_j = -p_j (log p_j + H).
-            for (j, (slot, scaled)) in values.iter_mut().zip(&scaled).enumerate() {
-                let probability = *slot;
-                let mut derivative = if j == id { d_log_prob } else { 0.0 } - d_log_prob * probability;
-                if d_entropy != 0.0 && probability > 0.0 {
-                    derivative -= d_entropy * probability * (scaled - normaliser + entropy);
-                }
-                *slot = derivative / temperature;
-            }
-            support.scatter(&gathered, logits);
         }
     }
 
@@ -513,9 +493,4 @@ impl Job {
             }
         }
     }
-}
-
-#[expect(clippy::cast_possible_truncation, reason = "the model computes in f32")]
-fn narrow(a: f64, b: f64) -> (f32, f32) {
-    (a as f32, b as f32)
 }

@@ -326,6 +326,89 @@ fn split_order_and_padding_do_not_change_loss_or_gradient() {
     }
 }
 
+/// Rows of `rows` have tokens drawn from few, several temperatures, both streams; the loss has an entropy and a KL term.
+#[test]
+fn any_number_of_logits_at_once_gives_the_same() {
+    for device in PolicyDevice::tested() {
+        for tied in [false, true] {
+            let base = PolicyConfig { gradient_shards: 1, ..config(device, 2, tied) };
+            let (parameters, reference) = (parameters(&base, 1), parameters(&base, 2));
+            let kl = Some(KlTerm { estimator: KlEstimator::K3, coefficient: 0.1 });
+            let spec = LossSpec { kl, ..full_spec() };
+            let rows = rows(&runner(&base), &parameters, 20);
+            let at_once = |tokens: usize| {
+                let logits_bytes_max = tokens * VOCABULARY * size_of::<f32>();
+                let runner = runner(&PolicyConfig { logits_bytes_max, ..base.clone() });
+                run_with(&runner, &parameters, &rows, &spec, Some(&reference))
+            };
+            let want = at_once(100_000);
+            let gradient = want.gradient.unwrap();
+            for tokens in [1, 7, 64] {
+                let got = at_once(tokens);
+                let difference = largest_difference(&gradient, &got.gradient.unwrap());
+                assert!(difference < 1e-5 * largest(&gradient), "{device}, {tokens} at once: {difference}");
+                let reports = [(got.report.loss, want.report.loss), (got.report.entropy, want.report.entropy)];
+                assert!(reports.iter().all(|(a, b)| (a - b).abs() < 1e-6), "{device}: {reports:?}");
+            }
+        }
+    }
+}
+
+/// Every weight of bf16 is off by up to 1/512 of itself, and so is what is multiplied with it: some hundredths of a gradient, in
+/// directions that have nothing to do with it.
+#[test]
+fn the_gradient_of_bf16_weights_is_near_that_of_their_masters() {
+    for (kv_heads, tied) in [(4, false), (2, true)] {
+        let exact = config(PolicyDevice::Cpu, kv_heads, tied);
+        let rough = PolicyConfig {
+            device: PolicyDevice::Flex,
+            device_precision: crate::device::DevicePrecision::Bf16,
+            ..exact.clone()
+        };
+        let parameters = parameters(&exact, 1);
+        let rows = rows(&runner(&exact), &parameters, 20);
+        let gradient = |config| run(&runner(config), &parameters, &rows, &full_spec()).gradient.unwrap();
+        let (want, got) = (gradient(&exact), gradient(&rough));
+        for (tensor, spec) in parameters.specs.iter().enumerate() {
+            let of = |gradient: &Values| vec![gradient[tensor].clone()];
+            let relative = distance(&of(&want), &of(&got)) / gradient_norm(&of(&want), 1);
+            println!("{}: {relative:.1e}", spec.name);
+            assert!((1e-3..1e-1).contains(&relative), "{}: {relative}", spec.name);
+        }
+    }
+}
+
+/// Against the loss by hand: logits of the kernels, in f64, over the kept tokens only.
+#[test]
+fn tokens_that_were_drawn_from_few_have_their_log_probs_over_these() {
+    for device in PolicyDevice::tested() {
+        let config = config(device, 4, false);
+        let (runner, parameters) = (runner(&config), parameters(&config, 1));
+        let rows = rows(&runner, &parameters, 16);
+        let cpu = PolicyConfig { device: PolicyDevice::Cpu, ..config.clone() };
+        let model = crate::inference::Inference::new(&cpu, parameters.clone()).unwrap();
+        let told = runner.run(parameters, rows.clone(), Objective::Forward).unwrap().log_probs;
+        let mut few = 0;
+        for (row, told) in rows.iter().zip(&told) {
+            let logits = model.logits(&row.ids, 0).unwrap();
+            for at in crate::loss::trained(row) {
+                let logits = &logits[(at - 1) * VOCABULARY..at * VOCABULARY];
+                let all: Vec<u32> = (0..u32::try_from(VOCABULARY).unwrap()).collect();
+                let support = row.kept.at(at).unwrap_or(&all);
+                few += usize::from(support.len() < VOCABULARY);
+                let scaled = |id: u32| f64::from(logits[id as usize]) / f64::from(row.temperature);
+                let normaliser = support.iter().map(|id| scaled(*id).exp()).sum::<f64>().ln();
+                let want = scaled(row.ids[at]) - normaliser;
+                let entropy: f64 =
+                    support.iter().map(|id| scaled(*id) - normaliser).map(|log_prob| -log_prob * log_prob.exp()).sum();
+                assert!((f64::from(told.log_probs[at]) - want).abs() < 2e-5, "{device}: {want}");
+                assert!((f64::from(told.entropies[at]) - entropy).abs() < 2e-5, "{device}: {entropy}");
+            }
+        }
+        assert!(few > 10, "{few}");
+    }
+}
+
 #[test]
 fn what_is_masked_changes_nothing() {
     for device in PolicyDevice::tested() {

@@ -17,7 +17,7 @@ use crate::optimiser::{AdamW, gradient_norm};
 use crate::parallel;
 use crate::parameters::{Parameters, Values};
 use crate::peft;
-use crate::rotary::RotaryTable;
+use crate::predictor::Publisher;
 use crate::scheduler::{Generator, SchedulerLimits};
 use crate::tokenizer::PolicyTokenizer;
 use crate::train::{BatchRunner, Objective, Outcome, check_derivatives, check_rows};
@@ -65,6 +65,7 @@ pub(crate) enum Command {
 #[derive(Debug)]
 pub(crate) struct Published {
     pub(crate) generator: Arc<Generator>,
+    publisher: Publisher,
     newest: RwLock<(ModelWeights, PolicyVersion)>,
 }
 
@@ -77,8 +78,8 @@ impl Published {
         self.newest.read().unwrap_or_else(PoisonError::into_inner).1
     }
 
-    fn set(&self, weights: ModelWeights, version: PolicyVersion, rotary: &Arc<RotaryTable>, threads: usize) {
-        self.generator.scheduler.publish(weights.decoder(version, rotary, threads));
+    fn set(&self, weights: ModelWeights, version: PolicyVersion) {
+        self.generator.scheduler.publish(self.publisher.ready(&weights, version));
         *self.newest.write().unwrap_or_else(PoisonError::into_inner) = (weights, version);
     }
 }
@@ -107,11 +108,11 @@ impl Trained {
         &self,
         tokenizer: &PolicyTokenizer,
         limits: SchedulerLimits,
-        rotary: &Arc<RotaryTable>,
+        publisher: Publisher,
     ) -> std::io::Result<Published> {
-        let decoder = self.weights.decoder(self.version, rotary, limits.threads);
-        let generator = Arc::new(Generator::start(decoder, tokenizer.clone(), limits)?);
-        Ok(Published { generator, newest: RwLock::new((self.weights.clone(), self.version)) })
+        let first = publisher.ready(&self.weights, self.version);
+        let generator = Arc::new(Generator::start(first, tokenizer.clone(), limits)?);
+        Ok(Published { generator, publisher, newest: RwLock::new((self.weights.clone(), self.version)) })
     }
 
     fn view(&self) -> PartView<'_> {
@@ -187,7 +188,6 @@ pub(crate) struct Trainer {
     pub(crate) offers_critic: bool,
     pub(crate) snapshots: BTreeMap<String, ModelWeights>,
     pub(crate) runner: BatchRunner,
-    pub(crate) rotary: Arc<RotaryTable>,
     pub(crate) tokenizer: PolicyTokenizer,
     pub(crate) published: Arc<BTreeMap<ModelName, Arc<Published>>>,
 }
@@ -313,7 +313,7 @@ impl Trainer {
     fn publish(&self, model: &ModelName) -> Result<(), PolicyError> {
         let trained = self.model(model)?;
         if let Some(published) = self.published.get(model) {
-            published.set(trained.weights.clone(), trained.version, &self.rotary, self.runner.threads());
+            published.set(trained.weights.clone(), trained.version);
         }
         Ok(())
     }

@@ -17,16 +17,23 @@ use crate::shape::ModelShape;
 pub(crate) struct Base {
     pub(crate) parameters: Arc<Parameters>,
     pub(crate) hash: ContentHash,
-    decoder: Decoder,
+    rotary: Arc<RotaryTable>,
+    /// Made when the kernels first sample.
+    decoder: OnceLock<Decoder>,
     /// Made when the first gradient is asked for.
     transposed: OnceLock<Transposed>,
 }
 
 impl Base {
-    /// Packs a model.
-    pub(crate) fn new(parameters: Arc<Parameters>, rotary: Arc<RotaryTable>, threads: usize) -> Self {
-        let decoder = Decoder::new(&parameters, PolicyVersion::default(), rotary, threads);
-        Self { hash: parameters.hash(), parameters, decoder, transposed: OnceLock::new() }
+    /// Freezes a model.
+    pub(crate) fn new(parameters: Arc<Parameters>, rotary: Arc<RotaryTable>) -> Self {
+        let hash = parameters.hash();
+        Self { parameters, hash, rotary, decoder: OnceLock::new(), transposed: OnceLock::new() }
+    }
+
+    fn decoder(&self, threads: usize) -> &Decoder {
+        let pack = || Decoder::new(&self.parameters, PolicyVersion::default(), self.rotary.clone(), threads);
+        self.decoder.get_or_init(pack)
     }
 }
 
@@ -128,7 +135,7 @@ impl ModelWeights {
             Self::Full(parameters) => Decoder::new(parameters, version, rotary.clone(), threads),
             Self::Adapted { base, layout, adapter } => {
                 let adapter = adapter.as_ref().map(|adapter| Arc::new(PackedAdapter::new(layout, adapter)));
-                Decoder { version, adapter, ..base.decoder.clone() }
+                Decoder { version, adapter, ..base.decoder(threads).clone() }
             }
             Self::Critic(parameters) => Decoder::critic(parameters, version, rotary.clone(), threads),
         }

@@ -18,8 +18,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use crate::call::Call;
-use crate::decoder::{Decoder, Row, Scratch};
+use crate::decoder::{Row, Scratch};
 use crate::kv_cache::{BLOCK_TOKENS, KvCache};
+use crate::predictor::Predictor;
 use crate::scheduler::{SHARED_BY_THREADS_MIN, Scheduler, Weights};
 
 /// Rows of one forward pass: enough to fill the kernels, few enough that activations stay in the cache.
@@ -307,18 +308,15 @@ impl Worker {
             }
             self.put_newest_back();
         };
-        let Some(decoder) = plan.first().and_then(|(id, _)| self.active.get(id)).map(|a| a.weights.decoder.clone())
-        else {
-            return;
-        };
-        let draws = self.feed(&decoder, &plan);
+        let first = plan.first().and_then(|(id, _)| self.active.get(id));
+        let Some(predictor) = first.map(|active| active.weights.predictor.clone()) else { return };
+        let draws = self.feed(&predictor, &plan);
         drop(reserved);
         count(&scheduler.counters.forward_passes, 1);
-        decoder.logits(draws.iter().map(|(_, row)| *row), &mut self.scratch);
-        let vocabulary = decoder.shape.vocabulary;
+        let vocabulary = predictor.shape().vocabulary;
         let mut all_logits = std::mem::take(&mut self.scratch.logits);
         let mut ended = 0;
-        for ((id, _), logits) in draws.iter().zip(all_logits.chunks_exact_mut(vocabulary)) {
+        for (id, logits) in draws.iter().zip(all_logits.chunks_exact_mut(vocabulary)) {
             ended += usize::from(self.draw(*id, logits));
         }
         self.scratch.logits = all_logits;
@@ -328,22 +326,23 @@ impl Worker {
         self.ended(ended);
     }
 
-    /// Runs the forward pass of a plan; returns the calls that have a token to draw, with the rows of their logits.
-    fn feed(&mut self, decoder: &Decoder, plan: &[(u64, usize)]) -> Vec<(u64, usize)> {
+    /// Runs the forward pass of a plan; returns the calls that have a token to draw, in the order of their logits.
+    fn feed(&mut self, predictor: &Predictor, plan: &[(u64, usize)]) -> Vec<u64> {
         let mut caches = Vec::with_capacity(plan.len());
         let mut rows = Vec::with_capacity(ROWS_MAX);
-        let mut draws = Vec::new();
+        let (mut draws, mut drawn_rows) = (Vec::new(), Vec::new());
         for (at, (id, count)) in plan.iter().enumerate() {
             let Some(active) = self.active.get_mut(id) else { continue };
             let from = active.cache.len();
             let part = active.call.ids.get(from..from + count).unwrap_or_default();
             rows.extend(part.iter().map(|token| Row { cache: at, token: *token }));
             if from + count == active.call.ids.len() {
-                draws.push((*id, rows.len() - 1));
+                draws.push(*id);
+                drawn_rows.push(rows.len() - 1);
             }
             caches.push(std::mem::take(&mut active.cache));
         }
-        decoder.forward(&rows, &mut caches.iter_mut().collect::<Vec<_>>(), &mut self.scratch);
+        predictor.predict(&rows, &mut caches.iter_mut().collect::<Vec<_>>(), &drawn_rows, &mut self.scratch);
         for ((id, count), cache) in plan.iter().zip(caches) {
             let Some(active) = self.active.get_mut(id) else { continue };
             active.cache = cache;

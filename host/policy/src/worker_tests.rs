@@ -10,6 +10,7 @@ use futures::FutureExt;
 use super::*;
 use crate::call::{Generated, Request};
 use crate::config::PolicyConfig;
+use crate::decoder::Decoder;
 use crate::kv_cache::BlockLayout;
 use crate::parameters::Parameters;
 use crate::rotary::RotaryTable;

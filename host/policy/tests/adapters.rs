@@ -210,7 +210,6 @@ async fn what_is_not_offered_or_makes_no_sense_is_refused_by_name() {
     assert!(with_lora(&|lora| lora.adapters = vec!["critic".into()]).contains("a meaning of its own"));
     assert!(with_lora(&|lora| lora.adapters = vec!["a".into(), "a".into()]).contains("once"));
     let flex = PolicyConfig { device: PolicyDevice::Flex, ..plain() };
-    assert!(refused(PolicyConfig { lora: lora().lora, ..flex.clone() }).contains("`lora`"));
     assert!(refused(PolicyConfig { critic: lora().critic, ..flex.clone() }).contains("`critic`"));
     assert!(refused(PolicyConfig { gradient_checkpointing: true, ..flex }).contains("`gradient_checkpointing`"));
     assert!(refused(PolicyConfig { logits_bytes_max: 0, ..plain() }).contains("`logits_bytes_max`"));
