@@ -126,7 +126,8 @@ pub enum CorrectionRule {
     },
 }
 
-/// Weights π_old/μ on token losses, without derivative. 1 where π_old is μ, so the ratio π_θ/μ is never corrected twice.
+/// Weights π_old/μ on token losses and their KL terms, without derivative. 1 where π_old is μ, so the ratio π_θ/μ is never
+/// corrected twice.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Correction {
     /// What a weight is taken over.
@@ -193,7 +194,7 @@ pub struct LossSpec {
     pub policy_loss: PolicyLoss,
     /// How token losses are added up.
     pub aggregation: Aggregation,
-    /// KL to the frozen reference, added to the `Rl` stream's tokens; needs a reference.
+    /// KL to the frozen reference, added to the `Rl` stream's tokens; needs a reference. A correction weights it as well.
     pub kl: Option<KlTerm>,
     /// c in `L −= c · mean H`.
     pub entropy_coefficient: f32,
@@ -248,10 +249,14 @@ pub struct ForwardBackwardReport {
     pub ratio_mean: f64,
     /// Largest ratio.
     pub ratio_max: f64,
-    /// Mean of |log π_θ − log μ|: how far trainer and sampler disagree.
+    /// Mean of |log π_θ − log μ| (nats). Under the weights as they were when the step began it is how far trainer and sampler
+    /// disagree; after an optimiser step what that has moved is in it as well.
     pub mismatch_mean: f64,
-    /// Largest |log π_θ − log μ|.
+    /// Largest |log π_θ − log μ| (nats).
     pub mismatch_max: f64,
+    /// Mean k3 between π_θ and μ (nats), of the tokens of μ: `r − 1 − log r` with r = π_θ/μ.
+    #[serde(default)]
+    pub mismatch_k3: f64,
     /// Effective sample size of the policy-gradient tokens under the weights w = π_θ/μ, as a share of their number N:
     /// `(Σ w)² / (N Σ w²)` (Kish, Survey Sampling, 1965). 1 when trainer and sampler agree or differ by one factor
     /// everywhere, 1/N when one token outweighs all others; 0 without such tokens.

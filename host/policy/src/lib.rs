@@ -91,5 +91,6 @@ pub use hugging_face::{
 };
 pub use inference::{CrossEntropy, Greedy, Inference};
 pub use lora::{LoraConfig, LoraTarget};
+pub use loss::{CallKey, CallShare, call_shares};
 pub use shape::{Architecture, ModelShape, RopeScaling};
 pub use tokenizer::{PolicyTokenizer, TokenizerConfig};

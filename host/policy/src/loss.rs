@@ -13,6 +13,7 @@ mod kl;
 #[cfg(test)]
 mod mutants;
 mod ratio;
+mod shares;
 mod surrogate;
 #[cfg(test)]
 mod tests;
@@ -27,6 +28,7 @@ use crate::sums::Sums;
 pub(crate) use aggregation::Normalisers;
 use correction::Corrections;
 use ratio::{Drifts, Ratio};
+pub use shares::{CallKey, CallShare, call_shares};
 
 /// Whether a token is trained: something must come before it to predict it.
 pub(crate) fn is_trained(row: &TrainingRow, at: usize) -> bool {
@@ -119,8 +121,10 @@ impl BatchLoss {
         let given = Given::of(row, at);
         let coefficient = self.normalisers.coefficient(row, at);
         if row.stream == Stream::Ce {
-            sums.loss -= coefficient * given.weight * seen.log_prob;
-            return Slopes { log_prob: -coefficient * given.weight, entropy: 0.0 };
+            let (log_prob, is_held) = ratio::possible(seen.log_prob);
+            let weight = coefficient * given.weight;
+            sums.loss -= weight * log_prob;
+            return Slopes { log_prob: if is_held { 0.0 } else { -weight }, entropy: 0.0 };
         }
         let entropy_coefficient = self.normalisers.entropy_coefficient() * f64::from(self.spec.entropy_coefficient);
         let token = self.policy_token(row, at, &given, seen);
@@ -129,7 +133,7 @@ impl BatchLoss {
         Slopes { log_prob: coefficient * token.d_log_prob, entropy: -entropy_coefficient }
     }
 
-    /// Surrogate, weighted, plus the KL term.
+    /// Surrogate plus the KL term, both weighted: either is a mean over tokens of π_old, and they were drawn from μ.
     fn policy_token(&self, row: &TrainingRow, at: usize, given: &Given, seen: Seen) -> TokenLoss {
         let own = Ratio::of_token(seen.log_prob, given.old);
         let ratio = self.drifts.as_ref().map_or(own, |drifts| drifts.ratio(self.spec.ratio_level, row, at, own));
@@ -153,8 +157,10 @@ impl BatchLoss {
         }
         if let (Some(term), Some(reference)) = (&self.spec.kl, seen.reference) {
             let (value, slope) = kl::kl(term.estimator, seen.log_prob, reference, &own);
-            token.loss += f64::from(term.coefficient) * value;
-            token.d_log_prob += f64::from(term.coefficient) * slope;
+            // What the off-policy mask drops keeps its KL: the mask is about advantages.
+            let coefficient = f64::from(term.coefficient) * correction.unwrap_or(0.0);
+            token.loss += coefficient * value;
+            token.d_log_prob += coefficient * slope;
             token.reference_kl = value;
         }
         token
@@ -194,8 +200,8 @@ pub(crate) fn importance(log_prob: f64, behaviour: f64) -> f64 {
     ratio::bounded_exp(log_prob - behaviour).0
 }
 
-/// k3 between the old and the trained policy, of tokens drawn from the old one.
-pub(crate) fn approximate_kl(log_prob: f64, old: f64) -> f64 {
-    let (ratio, _) = ratio::bounded_exp(log_prob - old);
+/// k3 between the policy that drew a token and another one, from its log-probs under the other one and the first.
+pub(crate) fn approximate_kl(log_prob: f64, drawn: f64) -> f64 {
+    let (ratio, _) = ratio::bounded_exp(log_prob - drawn);
     ratio - 1.0 - ratio.ln()
 }

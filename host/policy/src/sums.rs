@@ -20,6 +20,7 @@ pub(crate) struct Sums {
     ratio_max: f64,
     mismatch: f64,
     mismatch_max: f64,
+    mismatch_k3: f64,
     importance: f64,
     importance_squared: f64,
     correction: f64,
@@ -38,6 +39,7 @@ impl Sums {
     }
 
     /// Books a policy-gradient token, but for its loss.
+    #[expect(clippy::float_cmp, reason = "two infinite log-probs are equal")]
     pub(crate) fn policy_token(&mut self, compared: &Compared, token: &TokenLoss, log_prob: f64) {
         self.policy_tokens += 1;
         self.clipped += u64::from(token.clipped);
@@ -45,9 +47,11 @@ impl Sums {
         self.reference_kl += token.reference_kl;
         self.ratio += token.ratio;
         self.ratio_max = self.ratio_max.max(token.ratio);
-        let mismatch = (log_prob - compared.behaviour).abs();
+        // Two that think a token impossible agree.
+        let mismatch = if log_prob == compared.behaviour { 0.0 } else { (log_prob - compared.behaviour).abs() };
         self.mismatch += mismatch;
         self.mismatch_max = self.mismatch_max.max(mismatch);
+        self.mismatch_k3 += loss::approximate_kl(log_prob, compared.behaviour);
         let importance = loss::importance(log_prob, compared.behaviour);
         self.importance += importance;
         self.importance_squared += importance * importance;
@@ -72,6 +76,7 @@ impl Sums {
         self.ratio_max = self.ratio_max.max(other.ratio_max);
         self.mismatch += other.mismatch;
         self.mismatch_max = self.mismatch_max.max(other.mismatch_max);
+        self.mismatch_k3 += other.mismatch_k3;
         self.importance += other.importance;
         self.importance_squared += other.importance_squared;
         self.correction += other.correction;
@@ -98,6 +103,7 @@ impl Sums {
             ratio_max: self.ratio_max,
             mismatch_mean: mean(self.mismatch, self.policy_tokens),
             mismatch_max: self.mismatch_max,
+            mismatch_k3: mean(self.mismatch_k3, self.policy_tokens),
             effective_sample_size: if self.importance_squared > 0.0 {
                 self.importance.powi(2) / (self.policy_tokens as f64 * self.importance_squared)
             } else {

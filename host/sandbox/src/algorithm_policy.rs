@@ -79,6 +79,7 @@ fn training_numbers(report: &ForwardBackwardReport) -> policy::Numbers {
         ("ratio-max", report.ratio_max),
         ("mismatch-mean", report.mismatch_mean),
         ("mismatch-max", report.mismatch_max),
+        ("mismatch-k3", report.mismatch_k3),
         ("effective-sample-size", report.effective_sample_size),
         ("cross-entropy", report.cross_entropy),
         ("correction-mean", report.correction_mean),

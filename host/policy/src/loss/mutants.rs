@@ -68,6 +68,8 @@ mistakes! {
     KlNotBounded,
     /// The unbiased k3 forgets its ratio.
     KlWithoutRatio,
+    /// The KL of tokens of μ is taken for one of tokens of π_old.
+    KlNotCorrected,
     EntropyPunished,
     /// Means over tokens for whatever was asked.
     NormaliserOfTokens,
@@ -211,6 +213,7 @@ fn policy_token(spec: &LossSpec, all: &[Token], token: &Token, mistake: Mistake)
         }
     };
     let mut weight = correction(spec, all, token, mistake);
+    let kl_weight = if mistake == KlNotCorrected { 1.0 } else { weight };
     if let Some(delta) = spec.off_policy_mask {
         let sign = if mistake == OffPolicyMaskInverted { -1.0 } else { 1.0 };
         let drift = at_level(RatioLevel::SequenceMean, all, token, |token| sign * (token.behaviour - token.new));
@@ -222,8 +225,8 @@ fn policy_token(spec: &LossSpec, all: &[Token], token: &Token, mistake: Mistake)
     (loss, d) = (weight * loss, weight * d);
     if let Some(kl) = &spec.kl {
         let (value, slope) = kl_of(kl.estimator, token, mistake);
-        loss += f64::from(kl.coefficient) * value;
-        d += f64::from(kl.coefficient) * slope;
+        loss += kl_weight * f64::from(kl.coefficient) * value;
+        d += kl_weight * f64::from(kl.coefficient) * slope;
     }
     (loss, d)
 }

@@ -26,6 +26,24 @@ pub(super) fn bounded(difference: f64) -> f64 {
     if difference.is_nan() { 0.0 } else { difference.clamp(-LOG_DIFFERENCE_MAX, LOG_DIFFERENCE_MAX) }
 }
 
+/// Log-prob (nats) that stands for that of an impossible token: e^-104 is 0 in `f32`.
+const IMPOSSIBLE_LOG_PROB: f64 = -104.0;
+
+/// A log-prob that a loss can be multiplied with, and whether it was held: what is held is constant.
+pub(super) fn possible(log_prob: f64) -> (f64, bool) {
+    if log_prob == f64::NEG_INFINITY { (IMPOSSIBLE_LOG_PROB, true) } else { (log_prob, false) }
+}
+
+/// The difference of two log-probs, of which either may be that of an impossible token, and whether it was held. Two of
+/// them agree; finite differences stay as they are, whatever their size.
+pub(super) fn difference(a: f64, b: f64) -> (f64, bool) {
+    match a - b {
+        x if x.is_nan() => (0.0, true),
+        x if x.is_infinite() => (IMPOSSIBLE_LOG_PROB.abs().copysign(x), true),
+        x => (x, false),
+    }
+}
+
 /// `exp` of a bounded log difference, and whether the bound held it: then its derivative is 0.
 pub(super) fn bounded_exp(difference: f64) -> (f64, bool) {
     (bounded(difference).exp(), difference.is_nan() || difference.abs() > LOG_DIFFERENCE_MAX)

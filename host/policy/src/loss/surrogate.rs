@@ -3,7 +3,7 @@
 
 use fulgurite_core::training::{LossSpec, PolicyLoss};
 
-use super::ratio::Ratio;
+use super::ratio::{Ratio, possible};
 
 /// A token's loss before corrections and other terms.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -15,6 +15,12 @@ pub(super) struct Surrogate {
 }
 
 impl Surrogate {
+    /// `-weight log π`, whose weight is constant.
+    fn of_log_prob(log_prob: f64, weight: f64, clipped: bool) -> Self {
+        let (log_prob, is_held) = possible(log_prob);
+        Self { loss: -weight * log_prob, d_log_prob: if is_held { 0.0 } else { -weight }, clipped }
+    }
+
     /// From a function of the ratio and its derivative.
     fn of_ratio(ratio: &Ratio, loss: f64, d_ratio: f64, clipped: bool) -> Self {
         Self { loss: ratio.share * loss, d_log_prob: ratio.share * d_ratio * ratio.slope, clipped }
@@ -25,7 +31,7 @@ impl Surrogate {
 pub(super) fn surrogate(spec: &LossSpec, advantage: f64, log_prob: f64, ratio: &Ratio) -> Surrogate {
     let r = ratio.value;
     match spec.policy_loss {
-        PolicyLoss::Reinforce => Surrogate { loss: -advantage * log_prob, d_log_prob: -advantage, clipped: false },
+        PolicyLoss::Reinforce => Surrogate::of_log_prob(log_prob, advantage, false),
         PolicyLoss::ImportanceSampling => {
             let (loss, d_ratio, clipped) = unclipped(spec, advantage, r);
             Surrogate::of_ratio(ratio, loss, d_ratio, clipped)
@@ -47,7 +53,7 @@ pub(super) fn surrogate(spec: &LossSpec, advantage: f64, log_prob: f64, ratio: &
             let held = r.clamp(least, 1.0 + f64::from(clip_high));
             // r is held within [e^-20, e^20], so without a lower bound 0 never clips.
             let clipped = r < least || r > 1.0 + f64::from(clip_high);
-            Surrogate { loss: -held * advantage * log_prob, d_log_prob: -held * advantage, clipped }
+            Surrogate::of_log_prob(log_prob, held * advantage, clipped)
         }
         PolicyLoss::Sapo { temperature_positive, temperature_negative } => {
             let tau = f64::from(if advantage > 0.0 { temperature_positive } else { temperature_negative });

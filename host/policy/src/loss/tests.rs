@@ -225,34 +225,60 @@ fn equal_policies_have_ratio_1_and_the_gradient_of_reinforce() {
     assert_eq!(approximate_kl(-1.3, -1.3), 0.0);
 }
 
+/// ALGORITHMS.md section 17, property 6: whoever thinks a token impossible, the trained policy included.
 #[test]
 fn impossible_tokens_never_make_a_loss_that_is_not_a_number() {
     let infinity = f32::NEG_INFINITY;
     let sapo = PolicyLoss::Sapo { temperature_positive: 1.0, temperature_negative: 1.05 };
     let cispo = PolicyLoss::Cispo { clip_low: None, clip_high: 4.0 };
-    for policy_loss in [ppo(0.2, 0.28, Some(3.0)).policy_loss, sapo, cispo, PolicyLoss::ImportanceSampling] {
-        for (old, behaviour) in [(infinity, infinity), (-1.0, infinity), (infinity, -1.0)] {
-            for weight in [1.0, -1.0, 0.0] {
-                for level in [RatioLevel::Token, RatioLevel::SequenceMean, RatioLevel::SequenceSum] {
-                    for estimator in [KlEstimator::K3, KlEstimator::UnbiasedK3] {
-                        let kl = Some(KlTerm { estimator, coefficient: 0.1 });
-                        let rule = CorrectionRule::Truncate { max: 2.0 };
-                        let spec = LossSpec {
-                            policy_loss: policy_loss.clone(),
-                            ratio_level: level,
-                            correction: Some(Correction { level, rule, batch_normalise: true }),
-                            kl,
-                            ..LossSpec::default()
-                        };
-                        let rows = [tokens(0, weight, &[behaviour, -1.0], &[old, -1.0])];
-                        let (loss, slopes) = evaluate(&spec, &rows, &[vec![0.0, -2.0, -1.0]], Some(f64::NEG_INFINITY));
-                        assert!(loss.is_finite(), "{spec:?} {rows:?}");
-                        assert!(slopes[0].iter().all(|slope| slope.is_finite()), "{spec:?} {rows:?} {slopes:?}");
-                    }
+    let ppo = ppo(0.2, 0.28, Some(3.0)).policy_loss;
+    let mut cases = vec![];
+    for policy_loss in [ppo, sapo, cispo, PolicyLoss::ImportanceSampling, PolicyLoss::Reinforce] {
+        for level in [RatioLevel::Token, RatioLevel::SequenceMean, RatioLevel::SequenceSum] {
+            for estimator in [KlEstimator::K1, KlEstimator::K2, KlEstimator::K3, KlEstimator::UnbiasedK3] {
+                for rule in [CorrectionRule::Truncate { max: 2.0 }, CorrectionRule::Mask { min: 0.5, max: 2.0 }] {
+                    cases.push(LossSpec {
+                        policy_loss: policy_loss.clone(),
+                        ratio_level: level,
+                        correction: Some(Correction { level, rule, batch_normalise: true }),
+                        kl: Some(KlTerm { estimator, coefficient: 0.1 }),
+                        ..LossSpec::default()
+                    });
                 }
             }
         }
     }
+    let policies = [infinity, -1.0];
+    for spec in &cases {
+        for (old, behaviour) in policies.iter().flat_map(|old| policies.map(|behaviour| (*old, behaviour))) {
+            for (new, reference) in policies.iter().flat_map(|new| policies.map(|reference| (*new, reference))) {
+                for weight in [1.0, -1.0, 0.0] {
+                    let rows = [tokens(0, weight, &[behaviour, -1.0], &[old, -1.0])];
+                    let log_probs = [vec![0.0, new, -1.0]];
+                    let (loss, slopes) = evaluate(spec, &rows, &log_probs, Some(f64::from(reference)));
+                    assert!(loss.is_finite(), "{spec:?} {rows:?} {new} {reference}");
+                    assert!(slopes[0].iter().all(|slope| slope.is_finite()), "{spec:?} {rows:?} {new} {slopes:?}");
+                }
+            }
+        }
+    }
+    let demonstrated = TrainingRow { stream: Stream::Ce, ..tokens(0, 1.0, &[0.0, 0.0], &[0.0, 0.0]) };
+    let (loss, slopes) = evaluate(&LossSpec::default(), &[demonstrated], &[vec![0.0, infinity, -1.0]], None);
+    assert_eq!((loss, slopes[0].clone()), (52.5, vec![0.0, 0.0, -0.5]), "the impossible token counts and is not moved");
+}
+
+#[test]
+fn a_mismatch_is_a_number_where_both_policies_think_a_token_impossible() {
+    let rows = [tokens(0, 1.0, &[f32::NEG_INFINITY, -1.0], &[f32::NEG_INFINITY, -1.0])];
+    let loss = BatchLoss::new(LossSpec::default(), &rows, || Ok(vec![])).unwrap();
+    let mut sums = Sums::default();
+    for (at, log_prob) in [(1, f64::NEG_INFINITY), (2, -0.5)] {
+        loss.token(&rows[0], at, Seen { log_prob, entropy: 0.0, reference: None }, &mut sums);
+    }
+    let report = sums.report(2);
+    let k3 = (0.5_f64.exp() - 1.5) / 2.0;
+    assert_eq!((report.mismatch_mean, report.mismatch_max), (0.25, 0.5));
+    assert!((report.mismatch_k3 - k3).abs() < 1e-12, "{report:?}");
 }
 
 #[test]
@@ -310,4 +336,78 @@ fn k2_and_unbiased_k3_have_the_gradient_of_the_exact_kl() {
     assert!(!differs(gradient(KlEstimator::UnbiasedK3, &same)));
     assert!(!differs(gradient(KlEstimator::UnbiasedK3, &other)));
     assert!(differs(gradient(KlEstimator::K1, &same)) && differs(gradient(KlEstimator::K3, &same)));
+}
+
+/// The gradient of the exact KL is what unbiased k3 has in expectation over tokens of an older policy μ, when the correction
+/// weights the KL as well; k2 has it too while π_θ is π_old. Without that weight both are biased.
+#[test]
+fn a_correction_makes_the_gradient_of_the_kl_unbiased_under_stale_tokens() {
+    let softmax = |z: [f64; 3]| {
+        let sum: f64 = z.iter().map(|z| z.exp()).sum();
+        z.map(|z| z.exp() / sum)
+    };
+    let narrow = |log_prob: f64| {
+        #[expect(clippy::cast_possible_truncation, reason = "rows hold f32")]
+        let narrow = log_prob as f32;
+        narrow
+    };
+    let z = [0.3, -0.7, 1.1];
+    let (policy, reference, behaviour) = (softmax(z), softmax([0.9, 0.1, -0.4]), softmax([1.0, 0.4, -0.2]));
+    let kl = |p: [f64; 3]| -> f64 { p.iter().zip(&reference).map(|(p, q)| p * (p / q).ln()).sum() };
+    let want: [f64; 3] = std::array::from_fn(|j| {
+        let moved = |by: f64| kl(softmax(std::array::from_fn(|i| if i == j { z[i] + by } else { z[i] })));
+        (moved(1e-5) - moved(-1e-5)) / 2e-5
+    });
+    let gradient = |estimator, old: [f64; 3], is_corrected: bool| -> [f64; 3] {
+        let rule = CorrectionRule::Truncate { max: 1e6 };
+        let correction = Correction { level: RatioLevel::Token, rule, batch_normalise: false };
+        let spec = LossSpec {
+            kl: Some(KlTerm { estimator, coefficient: 1.0 }),
+            correction: is_corrected.then_some(correction),
+            ..LossSpec::default()
+        };
+        let slopes: [f64; 3] = std::array::from_fn(|y| {
+            let rows = [tokens(0, 0.0, &[narrow(behaviour[y].ln())], &[narrow(old[y].ln())])];
+            let log_probs = [vec![0.0, narrow(policy[y].ln())]];
+            evaluate(&spec, &rows, &log_probs, Some(reference[y].ln())).1[0][1]
+        });
+        std::array::from_fn(|j| {
+            (0..3).map(|y| behaviour[y] * slopes[y] * (f64::from(u8::from(y == j)) - policy[j])).sum()
+        })
+    };
+    let differs = |got: [f64; 3]| got.iter().zip(&want).any(|(got, want)| (got - want).abs() > 1e-5);
+    let (same, other) = (policy, softmax([0.0, 0.2, 0.5]));
+    for (estimator, old) in [(KlEstimator::UnbiasedK3, same), (KlEstimator::UnbiasedK3, other), (KlEstimator::K2, same)]
+    {
+        assert!(
+            !differs(gradient(estimator, old, true)),
+            "{estimator:?} {:?} {want:?}",
+            gradient(estimator, old, true)
+        );
+        assert!(differs(gradient(estimator, old, false)), "{estimator:?}");
+    }
+}
+
+#[test]
+fn the_shares_of_calls_are_what_the_loss_goes_by() {
+    let mut two_calls = tokens(0, 1.0, &[-1.0, -1.0, -3.0], &[-1.0, -1.5, -1.0]);
+    two_calls.calls = vec![0, 0, 0, 1];
+    let rows = [two_calls, tokens(1, 1.0, &[-1.0], &[-1.0]), row(2, 5, Stream::Ce)];
+    let rule = CorrectionRule::Mask { min: 0.5, max: 2.0 };
+    let spec = LossSpec {
+        aggregation: Aggregation::SequenceMeanTokenMean,
+        correction: Some(Correction { level: RatioLevel::Token, rule, batch_normalise: false }),
+        ..LossSpec::default()
+    };
+    let shares = call_shares(&spec, &rows).unwrap();
+    let share = |sequence, is_given, call| shares[&(sequence, is_given, call)];
+    assert_eq!(shares.len(), 4);
+    let first = share(0, false, 0);
+    assert_eq!((first.tokens, first.coefficient, first.dropped), (2, 1.0 / 6.0, 0));
+    assert!((first.correction.unwrap() - f64::midpoint(1.0, (-0.5_f64).exp())).abs() < 1e-12);
+    let dropped = CallShare { tokens: 1, coefficient: 1.0 / 6.0, correction: Some(0.0), dropped: 1 };
+    assert_eq!(share(0, false, 1), dropped);
+    assert_eq!(share(1, false, 0), CallShare { coefficient: 0.5, correction: Some(1.0), dropped: 0, ..dropped });
+    let given = share(2, true, 0);
+    assert!((given.coefficient - 0.2).abs() < 1e-12 && given.correction.is_none(), "{given:?}");
 }

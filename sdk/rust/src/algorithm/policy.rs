@@ -173,8 +173,12 @@ pub fn anchor(model: &Model, transitions: &[TransitionId]) -> Result<(), HostErr
 /// Adds the gradient of one whole optimiser batch. The host splits it as it must; normalisers are global.
 ///
 /// Numbers: `loss`, `trained-tokens`, `total-tokens`, `entropy`, `clip-fraction`, `approximate-kl`, `reference-kl`,
-/// `ratio-mean`, `ratio-max`, `mismatch-mean`, `mismatch-max`, `effective-sample-size`, `cross-entropy`, `correction-mean`,
-/// `correction-max`, `masked-share`, `advantage-mean`, `advantage-deviation`.
+/// `ratio-mean`, `ratio-max`, `mismatch-mean`, `mismatch-max`, `mismatch-k3`, `effective-sample-size`, `cross-entropy`,
+/// `correction-mean`, `correction-max`, `masked-share`, `advantage-mean`, `advantage-deviation`.
+///
+/// The mismatches are between the weights as they are now and those that drew the tokens (μ). In the first call of a step that
+/// is how far trainer and sampler disagree; after an optimiser step what that has moved is in them as well. The host's own
+/// `host/mismatch_mean` and `host/mismatch_k3` are of the former only.
 ///
 /// # Errors
 /// When a transition is unknown, cannot be trained on or was drawn by another model, or the loss is wrong.
