@@ -1,6 +1,6 @@
 //! What the store keeps of rollouts, attempts and resources.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -161,6 +161,9 @@ pub struct ExecutionSettings {
     pub templates: BTreeMap<String, String>,
     /// Reward that the host adds for an outcome blamed on the policy.
     pub outcome_reward: BTreeMap<OutcomeKind, f64>,
+    /// Dimensions beside `reward` that have it as well. Left out where there are none, as it was before there were any.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub outcome_dimensions: BTreeSet<String>,
     /// Rewards that the host gives for what it finds in the record. Left out where there are none, so that conditions without
     /// them are the bytes, and have the hash, that they had before there were any.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

@@ -208,17 +208,24 @@ impl Conditions {
         Ok((report.rewards, report.guest_cpu_us))
     }
 
-    /// What the host itself adds. An outcome blamed on the policy always has a reward, so that it can be trained on even
-    /// when the grader says nothing about it.
-    pub(crate) fn outcome_reward(&self, kind: OutcomeKind) -> Option<Reward> {
-        (kind.blame() == Some(Blame::Policy)).then(|| Reward {
-            dimension: DEFAULT_DIMENSION.to_owned(),
-            value: self.outcome_reward.get(&kind).copied().unwrap_or(0.0),
+    /// What the host itself adds. An outcome blamed on the policy always has a reward in every dimension that is trained on, so
+    /// that it stays in baseline and loss even when the grader says nothing about it.
+    pub(crate) fn outcome_reward(&self, kind: OutcomeKind) -> Vec<Reward> {
+        if kind.blame() != Some(Blame::Policy) {
+            return vec![];
+        }
+        let value = self.outcome_reward.get(&kind).copied().unwrap_or(0.0);
+        let others = self.outcome_dimensions.iter().map(String::as_str);
+        let dimensions = std::iter::once(DEFAULT_DIMENSION).chain(others.filter(|name| *name != DEFAULT_DIMENSION));
+        let of = |dimension: &str| Reward {
+            dimension: dimension.to_owned(),
+            value,
             feedback: None,
             source: RewardSource::Host,
             component: None,
             call_index: None,
-        })
+        };
+        dimensions.map(of).collect()
     }
 }
 

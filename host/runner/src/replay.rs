@@ -204,6 +204,7 @@ impl Replayer {
             plugins,
             limits: Arc::new(settings.limits.clone()),
             outcome_reward: settings.outcome_reward.clone(),
+            outcome_dimensions: settings.outcome_dimensions.clone(),
             reward_terms: RewardTerms::new(&settings.reward_terms)
                 .map_err(|error| ReplayError::Conditions(format!("the recorded conditions: {error}")))?,
             templates: Arc::new(templates),

@@ -1,6 +1,6 @@
 //! What a runner is given.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -75,6 +75,8 @@ pub struct RunnerSettings {
     pub limits: Limits,
     /// Reward that the host adds for an outcome blamed on the policy; 0 where not named.
     pub outcome_reward: BTreeMap<OutcomeKind, f64>,
+    /// Dimensions beside `reward` that have it as well: those that something is trained on.
+    pub outcome_dimensions: BTreeSet<String>,
     /// Rewards that the host gives for what it finds in the record of a graded attempt.
     pub reward_terms: RewardTerms,
     /// Prompt templates.
@@ -95,6 +97,7 @@ pub(crate) struct Conditions {
     pub(crate) plugins: Plugins,
     pub(crate) limits: Arc<Limits>,
     pub(crate) outcome_reward: BTreeMap<OutcomeKind, f64>,
+    pub(crate) outcome_dimensions: BTreeSet<String>,
     pub(crate) reward_terms: RewardTerms,
     pub(crate) templates: Arc<Templates>,
     pub(crate) grants: RunnerGrants,
@@ -106,6 +109,7 @@ impl Conditions {
             plugins,
             limits: Arc::new(settings.limits.clone()),
             outcome_reward: settings.outcome_reward.clone(),
+            outcome_dimensions: settings.outcome_dimensions.clone(),
             reward_terms: settings.reward_terms.clone(),
             templates: Arc::clone(&settings.templates),
             grants: settings.grants.clone(),
@@ -122,6 +126,7 @@ impl Conditions {
             graded: self.plugins.grader.is_some(),
             templates: self.templates.texts().clone(),
             outcome_reward: self.outcome_reward.clone(),
+            outcome_dimensions: self.outcome_dimensions.clone(),
             reward_terms: self.reward_terms.declared(),
             grants: self.grants.records.clone(),
         }

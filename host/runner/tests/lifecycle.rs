@@ -82,6 +82,7 @@ fn runner(store: Arc<MemoryStore>) -> Runner {
         retry: RetryPolicy { attempts_max: 3, by_kind: BTreeMap::new() },
         limits: Limits::default(),
         outcome_reward: BTreeMap::from([(OutcomeKind::MalformedAnswer, -0.5)]),
+        outcome_dimensions: std::collections::BTreeSet::from(["judged".to_owned()]),
         reward_terms: RewardTerms::default(),
         templates: Arc::new(Templates::none()),
         recording: Recording::Durable,
@@ -136,7 +137,11 @@ async fn blame_decides_what_is_graded_and_guest_faults_are_not_tried_again() {
     assert!(results.iter().all(|result| result.attempt.key.attempt.0 == 1));
     // The policy's mistake has the grader's reward and the host's; faults of code have none.
     let sums: Vec<f64> = results.iter().map(|r| r.attempt.rewards.iter().map(|reward| reward.value).sum()).collect();
-    assert_eq!(sums, [0.5, 0.0, 0.0, 1.0]);
+    assert_eq!(sums, [0.0, 0.0, 0.0, 1.0]);
+    // The host's is in every dimension that is trained on, whatever the grader says of it: else its rollout would leave them.
+    let of_host = results[0].attempt.rewards.iter().filter(|reward| reward.source == RewardSource::Host);
+    let of_host: Vec<_> = of_host.map(|reward| (reward.dimension.as_str(), reward.value)).collect();
+    assert_eq!(of_host, [("reward", -0.5), ("judged", -0.5)]);
     assert!(results[1].attempt.rewards.is_empty() && results[2].attempt.rewards.is_empty());
 }
 

@@ -1,12 +1,13 @@
 //! Puts the pieces of a run together.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use fulgurite_core::dataset::{DatasetItem, Split};
 use fulgurite_core::llm::LlmBackend;
+use fulgurite_core::reward::DEFAULT_DIMENSION;
 use fulgurite_core::seed::Seed;
 use fulgurite_policy::{ModelFolder, PolicyEngine, PolicyTokenizer, TokenizerConfig};
 use fulgurite_runner::scripted::{Script, ScriptedPolicy};
@@ -19,6 +20,7 @@ use crate::config::{LocalPolicyConfig, PolicySection, RunConfig, TokenizerSectio
 use crate::dataset::{Dataset, corpus_of};
 use crate::error::TrainError;
 use crate::grants;
+use crate::host::dimension_of;
 use crate::kept::keep_component;
 use crate::run_directory::RunDirectory;
 
@@ -148,6 +150,7 @@ impl Setup {
             retry: RetryPolicy { attempts_max: config.rollout.attempts_max, by_kind: config.rollout.retry.clone() },
             limits: config.limits.clone(),
             outcome_reward: config.rollout.outcome_reward.clone(),
+            outcome_dimensions: outcome_dimensions(&config),
             reward_terms: config.reward.terms(),
             templates: Arc::new(Templates::new(resources_version, config.templates.clone(), Arc::new(JinjaRenderer))),
             recording: if config.rollout.record { Recording::Durable } else { Recording::Nothing },
@@ -188,6 +191,12 @@ impl Setup {
 }
 
 /// This process among all that ever worked on a run.
+/// Dimensions beside the default one that something is trained on.
+fn outcome_dimensions(config: &RunConfig) -> BTreeSet<String> {
+    let optimised = config.stage.iter().chain(&config.control).map(dimension_of);
+    optimised.filter(|dimension| *dimension != DEFAULT_DIMENSION).map(str::to_owned).collect()
+}
+
 fn worker_id() -> String {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     format!("{}-{}", std::process::id(), since.as_millis())

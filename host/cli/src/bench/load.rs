@@ -166,6 +166,7 @@ impl Load {
             retry: RetryPolicy { attempts_max: 1, by_kind: std::collections::BTreeMap::new() },
             limits: Limits::default(),
             outcome_reward: std::collections::BTreeMap::new(),
+            outcome_dimensions: std::collections::BTreeSet::new(),
             reward_terms: RewardTerms::default(),
             templates: Arc::new(Templates::none()),
             grants: RunnerGrants::default(),

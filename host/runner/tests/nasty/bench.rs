@@ -174,6 +174,7 @@ impl Bench {
             control: None,
             limits,
             outcome_reward: BTreeMap::new(),
+            outcome_dimensions: std::collections::BTreeSet::new(),
             reward_terms: RewardTerms::default(),
             templates: Arc::clone(&self.templates),
         };

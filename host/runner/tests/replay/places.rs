@@ -86,6 +86,7 @@ async fn every_attempt_of_a_rollout_that_was_tried_again_can_be_replayed() {
         retry: RetryPolicy { attempts_max: 3, by_kind: BTreeMap::new() },
         limits: Limits { attempt_wall_ms_max: 50, ..limits() },
         outcome_reward: BTreeMap::new(),
+        outcome_dimensions: std::collections::BTreeSet::new(),
         reward_terms: RewardTerms::default(),
         templates: Arc::new(Templates::none()),
         recording: Recording::Durable,

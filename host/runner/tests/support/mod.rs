@@ -290,6 +290,7 @@ impl Bench {
             retry: RetryPolicy { attempts_max: 1, by_kind: BTreeMap::new() },
             limits,
             outcome_reward: BTreeMap::from([(OutcomeKind::MalformedAnswer, -0.5)]),
+            outcome_dimensions: std::collections::BTreeSet::from(["judged".to_owned()]),
             reward_terms: RewardTerms::default(),
             templates: Arc::new(Templates::new(1, templates, Arc::new(JinjaRenderer))),
             recording: Recording::Durable,
