@@ -14,6 +14,7 @@ use clap::{Args, ValueEnum};
 use serde_json::Value;
 
 use crate::example::{self, Example, ExampleName};
+use controls::{PluginShare, check_plugin_time};
 
 /// What is trained for which table. All of them are started from SFT once for each seed, and what was stopped goes on.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
@@ -52,8 +53,11 @@ const SHUFFLED_STEPS: i64 = 50;
 const FROZEN_STEPS: i64 = 5;
 
 /// What is promised, with the numbers it is promised for.
+#[derive(Debug, Default)]
 struct Promises {
     table: String,
+    /// Lines behind the table.
+    lines: Vec<String>,
     broken: Vec<String>,
 }
 
@@ -72,13 +76,16 @@ pub(crate) fn run(arguments: &LearnArguments) -> anyhow::Result<bool> {
     let is_calc = arguments.table == Table::Comparison;
     let example = Example::build(if is_calc { ExampleName::Calc } else { ExampleName::Rooms })?;
     let folder = example.scratch("learn");
-    let mut promises = Promises { table: String::new(), broken: vec![] };
+    let mut promises = Promises::default();
     let (seeds, promised) = (&arguments.seeds, &mut promises);
     match arguments.table {
         Table::Example => whole_example(&example, arguments, &folder, promised)?,
         Table::Algorithms => algorithms::run(&example, seeds, &folder, promised)?,
         Table::Comparison => comparison::run(&example, seeds, arguments.sampled_tokens_max, &folder, promised)?,
         Table::Stale => stale::run(&example, seeds, &folder, promised)?,
+    }
+    for line in std::mem::take(&mut promises.lines) {
+        writeln!(promises.table, "\n{line}")?;
     }
     let name = arguments.table.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned());
     let file = folder.join(format!("{name}.md"));
@@ -102,7 +109,9 @@ fn whole_example(
     promises.table.push_str("|---|---|---|---|---|---|---|---|---|\n");
     for seed in &arguments.seeds {
         println!("==> seed {seed}");
-        let result = example.result(&example.config(), *seed, &folder.join(format!("seed{seed}")))?;
+        let run = folder.join(format!("seed{seed}"));
+        let result = example.result(&example.config(), *seed, &run)?;
+        check_plugin_time(&format!("seed {seed}"), PluginShare::of_run(&run)?, promises);
         learned(&format!("seed {seed}"), &result, promises)?;
     }
     if !arguments.no_controls {
@@ -231,7 +240,7 @@ mod tests {
     }
 
     fn broken(result: &Value) -> Vec<String> {
-        let mut promises = Promises { table: String::new(), broken: vec![] };
+        let mut promises = Promises::default();
         learned("x", result, &mut promises).unwrap();
         assert_eq!(promises.table.lines().count(), all(result).count());
         promises.broken

@@ -61,6 +61,7 @@ pub(super) fn run(example: &Example, seeds: &[u64], folder: &Path, promises: &mu
     for seed in seeds {
         let real = trained(example, *seed, false, folder)?;
         let shuffled = trained(example, *seed, true, folder)?;
+        controls::check_plugin_time(&format!("seed {seed}"), real.plugin_share.clone(), promises);
         for variant in &VARIANTS {
             row(variant, *seed, &real, &shuffled, promises)?;
         }
@@ -138,9 +139,10 @@ mod tests {
             result: serde_json::json!({"stages": [{"name": "sft", "held_out_sampled": 0.3}],
                 "controls": [{"name": "rloo", "held_out_sampled": after}]}),
             metrics: vec![serde_json::json!({"stage": "rloo", "scalars": {"clip_fraction": 0.02}})],
+            plugin_share: None,
         };
         let broken = |real: f64, shuffled: f64| {
-            let mut promises = Promises { table: String::new(), broken: vec![] };
+            let mut promises = Promises::default();
             row(&variant("rloo", "rloo", "", true), 0, &trained(real), &trained(shuffled), &mut promises).unwrap();
             promises.broken
         };

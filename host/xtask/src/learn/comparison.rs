@@ -40,6 +40,7 @@ pub(super) fn run(
     for seed in seeds {
         let name = format!("comparison-{sampled_tokens_max}-seed{seed}");
         let trained = Trained::run(example, *seed, folder, &name, |config| change(config, sampled_tokens_max))?;
+        controls::check_plugin_time(&format!("seed {seed}"), trained.plugin_share.clone(), promises);
         all.push((*seed, trained));
     }
     table(&all, sampled_tokens_max, promises)?;
@@ -155,11 +156,12 @@ mod tests {
             result: json!({"stages": [{"name": "sft", "held_out_sampled": 0.3}],
                 "controls": CONTROLS.iter().map(control).collect::<Vec<_>>()}),
             metrics: steps.collect(),
+            plugin_share: None,
         }
     }
 
     fn broken(drawn: &[f64]) -> (String, Vec<String>) {
-        let mut promises = Promises { table: String::new(), broken: vec![] };
+        let mut promises = Promises::default();
         table(&[(0, trained(drawn)), (1, trained(drawn))], 250, &mut promises).unwrap();
         (promises.table, promises.broken)
     }

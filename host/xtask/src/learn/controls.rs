@@ -1,10 +1,12 @@
 //! What tables of several plugins share: a run of SFT, and from its weights a control for each of them.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::Context;
 use serde_json::Value;
 
+use super::Promises;
 use crate::example::Example;
 use crate::process;
 
@@ -51,11 +53,68 @@ pub(super) fn put(config: &mut toml::Table, sections: impl FnOnce(&toml::Table) 
     }
 }
 
+/// Largest share of a training step that the plugin's own code may take.
+pub(super) const PLUGIN_SHARE_MAX: f64 = 0.02;
+
+/// Checks how much of its steps a run has spent in the code of its plugins, and adds a line to those behind the table.
+pub(super) fn check_plugin_time(name: &str, share: Option<PluginShare>, promises: &mut Promises) {
+    let what = format!("{name}: largest share of a stage's steps in plugin code (at most {PLUGIN_SHARE_MAX})");
+    promises.check(&what, share.as_ref().map(|share| share.share), |share| share <= PLUGIN_SHARE_MAX);
+    if let Some(PluginShare { stage, share, worst_step }) = share {
+        promises.lines.push(format!(
+            "{name}: plugin code took at most {:.2} % of a stage's steps ({stage}), and {:.2} % of a single step",
+            share * 100.0,
+            worst_step * 100.0
+        ));
+    }
+}
+
+/// The stage or control whose plugin took the largest share of its steps.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct PluginShare {
+    stage: String,
+    /// Of the time of all its steps.
+    share: f64,
+    /// The largest share of a single step of any stage: machines that do other things as well make it jump.
+    worst_step: f64,
+}
+
+impl PluginShare {
+    /// From the lines of `timings.jsonl`; `None` when no step has been timed.
+    fn of(timings: &[Value]) -> Option<Self> {
+        let mut stages: BTreeMap<&str, [f64; 2]> = BTreeMap::new();
+        let mut worst_step: f64 = 0.0;
+        for line in timings {
+            let number = |name: &str| line.get("seconds")?.get(name)?.as_f64();
+            let (plugin, step) = (number("plugin")?, number("step")?);
+            worst_step = worst_step.max(plugin / step);
+            let sums = stages.entry(line.get("stage")?.as_str()?).or_default();
+            *sums = [sums[0] + plugin, sums[1] + step];
+        }
+        let shares = stages.into_iter().map(|(stage, [plugin, step])| (stage.to_owned(), plugin / step));
+        let (stage, share) = shares.max_by(|a, b| a.1.total_cmp(&b.1))?;
+        Some(Self { stage, share, worst_step })
+    }
+
+    /// Of a run's folder.
+    pub(super) fn of_run(run: &Path) -> anyhow::Result<Option<Self>> {
+        Ok(Self::of(&lines(&run.join("timings.jsonl"))?))
+    }
+}
+
+fn lines(file: &Path) -> anyhow::Result<Vec<Value>> {
+    let text = std::fs::read_to_string(file).with_context(|| format!("cannot read `{}`", file.display()))?;
+    let lines = text.lines().map(serde_json::from_str).collect::<Result<_, _>>();
+    lines.with_context(|| format!("`{}` is damaged", file.display()))
+}
+
 /// A run and what it has recorded.
 pub(super) struct Trained {
     pub(super) result: Value,
     /// Lines of `metrics.jsonl`.
     pub(super) metrics: Vec<Value>,
+    /// What its plugins took; `None` when it has no timings.
+    pub(super) plugin_share: Option<PluginShare>,
 }
 
 impl Trained {
@@ -75,11 +134,10 @@ impl Trained {
             train.arg("--resume");
         }
         let text = process::data(train.args(["--no-estimate", "--output", "json"]))?;
-        let file = run.join("metrics.jsonl");
-        let metrics = std::fs::read_to_string(&file).with_context(|| format!("cannot read `{}`", file.display()))?;
         Ok(Self {
             result: serde_json::from_str(&text).context("the result is not JSON")?,
-            metrics: metrics.lines().map(serde_json::from_str).collect::<Result<_, _>>().context("metrics.jsonl")?,
+            metrics: lines(&run.join("metrics.jsonl"))?,
+            plugin_share: PluginShare::of_run(&run)?,
         })
     }
 
@@ -98,6 +156,24 @@ impl Trained {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn plugin_time_is_a_share_of_a_stages_steps() {
+        let line = |stage: &str, plugin: f64, step: f64| serde_json::json!({"stage": stage, "step": 0, "seconds": {"plugin": plugin, "step": step}});
+        let timings = [line("sft", 0.001, 1.0), line("grpo", 0.125, 1.0), line("grpo", 0.125, 15.0)];
+        let share = PluginShare::of(&timings).unwrap();
+        assert_eq!((share.stage.as_str(), share.share, share.worst_step), ("grpo", 0.015_625, 0.125));
+        let checked = |share: Option<PluginShare>| {
+            let mut promises = Promises::default();
+            check_plugin_time("seed 0", share, &mut promises);
+            (promises.lines.len(), promises.broken)
+        };
+        assert_eq!(checked(Some(share.clone())), (1, vec![]));
+        assert!(
+            checked(Some(PluginShare { share: 0.021, ..share })).1[0].contains("plugin code (at most 0.02) is 0.021")
+        );
+        assert!(checked(PluginShare::of(&[])).1[0].contains("missing"));
+    }
 
     #[test]
     fn the_last_stage_becomes_controls_with_its_dataset() {

@@ -51,7 +51,9 @@ pub(super) fn run(example: &Example, seeds: &[u64], folder: &Path, promises: &mu
     promises.table.push_str("|---|---|---|---|---|---|---|---|---|\n");
     let mut all = vec![];
     for seed in seeds {
-        all.push((*seed, Trained::run(example, *seed, folder, &format!("stale-seed{seed}"), change)?));
+        let trained = Trained::run(example, *seed, folder, &format!("stale-seed{seed}"), change)?;
+        controls::check_plugin_time(&format!("seed {seed}"), trained.plugin_share.clone(), promises);
+        all.push((*seed, trained));
     }
     for stale in &RUNS {
         for (seed, trained) in &all {
@@ -119,11 +121,12 @@ mod tests {
             let trained = Trained {
                 result: json!({"stages": [{"name": "sft", "held_out_sampled": 0.3}],
                     "controls": [{"name": "lag2-truncate", "held_out_sampled": after}]}),
+                plugin_share: None,
                 metrics: vec![
                     json!({"stage": "lag2-truncate", "scalars": {"staleness_max": age, "masked_share": 0.02}}),
                 ],
             };
-            let mut promises = Promises { table: String::new(), broken: vec![] };
+            let mut promises = Promises::default();
             row(&RUNS[2], 0, &trained, &mut promises).unwrap();
             assert!(promises.table.contains("2.0 %"), "{}", promises.table);
             promises.broken
