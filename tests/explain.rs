@@ -183,6 +183,53 @@ fn what_the_config_kept_out_of_training_is_told() {
 }
 
 #[test]
+fn forks_are_compared_with_their_tree() {
+    let bench = Bench::programmed(&[(r#""chat","chat""#, "{}"); 4], "", DIFFERS);
+    bench.replace(&support::component("grpo"), &support::component("tree_grpo"));
+    bench.replace("group_size = 4", "group_size = 2\nrounds = 2");
+    bench.succeed(&["train", "run.toml", "--run", "run"]);
+    let first = rows(&bench, "run").swap_remove(0)["scalars"].clone();
+    let found: Vec<Value> = (0..)
+        .take_while(|number| f64::from(*number) < first["rollouts_total"].as_f64().unwrap())
+        .map(|number| explain(&bench, &format!("grpo-00000-{number:04}")))
+        .collect();
+    let mut flat = 0;
+    for one in &found {
+        // A tree is what the step rolled out for an item: two roots and their forks, each of which is compared with all.
+        let of_item: std::collections::BTreeSet<&str> = found
+            .iter()
+            .filter(|other| other["item"] == one["item"])
+            .map(|other| other["rollout"].as_str().unwrap())
+            .collect();
+        let totals = one["group_totals"].as_object().unwrap();
+        assert!(totals.len() > 2, "{one}");
+        assert_eq!(totals.keys().map(String::as_str).collect::<std::collections::BTreeSet<_>>(), of_item);
+        let values: Vec<f64> = totals.values().filter_map(Value::as_f64).collect();
+        flat += usize::from(values.iter().all(|value| (value - values[0]).abs() < 1e-12));
+        assert!(!one.to_string().contains("a group of one"), "{one}");
+    }
+    let forks: Vec<&Value> = found.iter().filter(|one| codes(&one["reasons"]).contains(&"prefix")).collect();
+    assert!(!forks.is_empty() && forks.len() < found.len(), "{found:?}");
+    // The monitor counts the same groups.
+    let share = first["host/zero_variance_share"].as_f64().unwrap();
+    assert!((share - flat as f64 / found.len() as f64).abs() < 1e-9, "{share} {flat} of {}", found.len());
+}
+
+#[test]
+fn calls_of_weights_that_are_too_old_say_so() {
+    let bench = Bench::programmed(&[(r#""chat","chat""#, "{}"); 4], "lag_steps = 1\nstaleness_max = 0", DIFFERS);
+    bench.succeed(&["train", "run.toml", "--run", "run"]);
+    // The first step rolls out for the second as well, which finds those calls a version behind.
+    let found: Vec<Value> = (0..16).map(|number| explain(&bench, &format!("grpo-00000-{number:04}"))).collect();
+    let stale: Vec<&Value> = found.iter().filter(|one| codes(&one["reasons"]).contains(&"stale")).collect();
+    assert_eq!(stale.len(), 8, "{found:?}");
+    for one in stale {
+        assert!(one["calls"].as_array().unwrap().iter().all(|call| codes(&call["reasons"]) == ["stale"]), "{one}");
+        assert_eq!(one["given"][0]["step"], 1);
+    }
+}
+
+#[test]
 fn rollouts_that_are_too_long_are_left_out_or_cut() {
     // One group has a call of up to 8 tokens, the other three of them.
     let items = [(r#""chat""#, "{}"), (r#""chat","chat","chat""#, "{}")];

@@ -9,7 +9,7 @@ use fulgurite_trainer::RunDirectory;
 use fulgurite_trainer::explain::{
     ExplainError, ExplainedCall, ExplainedReward, ExplainedUpdate, Explanation, Reason, Use, WeightSummary, explain,
 };
-use fulgurite_trainer::trail::{GivenAs, UpdateVerb};
+use fulgurite_trainer::trail::{GivenAs, ShareTrail, UpdateVerb};
 use serde_json::Value;
 
 use crate::arguments::{ExplainArguments, Output};
@@ -167,11 +167,26 @@ fn use_lines(used: &Use, tells_row: bool, colours: bool) -> Vec<String> {
         used.scope,
         used.row
     )];
+    if let Some(share) = &used.share {
+        lines.push(format!("    {}", share_text(share)));
+    }
     if tells_row {
         lines.push(paint(&format!("    {}", printable(&used.row_start)), Style::Dim, colours));
     }
     lines.extend(used.notes.iter().map(|note| paint(&format!("    {note}"), Style::Red, colours)));
     lines
+}
+
+/// What the loss made of the tokens beside their weights.
+fn share_text(share: &ShareTrail) -> String {
+    let mut text = format!("each token counts {} times in the loss", rounded(share.coefficient));
+    if let Some(weight) = share.correction {
+        let _ = write!(text, ", corrected by {} on average", rounded(weight));
+    }
+    if share.dropped > 0 {
+        let _ = write!(text, ", {} of them dropped by the correction's mask", share.dropped);
+    }
+    text
 }
 
 #[expect(clippy::float_cmp, reason = "the smallest of equal numbers is the largest")]
@@ -256,6 +271,16 @@ fn rounded(value: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn shares_tell_what_a_correction_did() {
+        let plain = ShareTrail { coefficient: 1.0 / 64.0, correction: None, dropped: 0 };
+        assert_eq!(share_text(&plain), "each token counts 0.0156 times in the loss");
+        let masked = ShareTrail { correction: Some(0.5), dropped: 3, ..plain };
+        let text = "each token counts 0.0156 times in the loss, corrected by 0.5 on average, 3 of them dropped by the \
+                    correction's mask";
+        assert_eq!(share_text(&masked), text);
+    }
 
     #[test]
     fn settings_are_names_and_values() {

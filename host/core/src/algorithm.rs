@@ -29,12 +29,12 @@ pub enum AlgorithmHostError {
     /// Not granted; the text is the line of config that would allow it.
     #[error("denied: {0}")]
     Denied(String),
-    /// Too many rollouts of a batch failed for reasons that are not the policy's.
+    /// Too many rollouts of a step failed for reasons that are not the policy's.
     #[error("{excluded} of {total} rollouts failed for reasons that are not the policy's; most often: {most_frequent}")]
     TooManyFaults {
         /// Rollouts that failed.
         excluded: u64,
-        /// Rollouts of the batch.
+        /// Rollouts of the step's batches.
         total: u64,
         /// The most frequent fault with its detail.
         most_frequent: String,

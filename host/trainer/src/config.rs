@@ -173,9 +173,11 @@ pub struct RolloutConfig {
     pub sampling: Sampling,
     /// Sources whose rewards count in baselines and losses.
     pub reward_accept: Vec<RewardSource>,
-    /// Reward that the host adds for an outcome that is blamed on the policy, by kind; 0 where not named.
+    /// Reward that the host adds for an outcome that is blamed on the policy, by kind; 0 where not named. It is of `reward` and
+    /// of every other dimension that a stage or control optimises.
     pub outcome_reward: BTreeMap<OutcomeKind, f64>,
-    /// Share of rollouts of one batch that may fail for reasons that are not the policy's before the run stops. 0.2.
+    /// Share of the rollouts of one step, all its batches together, that may fail for reasons that are not the policy's before
+    /// the run stops. 0.2.
     pub fault_share_max: f64,
     /// Tokens of the longest training row: of the longest call, its prompt included. None: what the model's context holds,
     /// which no call outgrows. Less saves memory.

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use fulgurite_adapter::{Fit, Trajectory, Transition, accepted, fit, total_reward};
 use fulgurite_core::id::{AttemptKey, PolicyVersion, RolloutId};
 use fulgurite_core::outcome::AttemptOutcome;
-use fulgurite_core::record::{AttemptRecord, RolloutMode, RolloutRecord};
+use fulgurite_core::record::{AttemptRecord, RolloutMode, RolloutRecord, RolloutSpec};
 use fulgurite_core::reward::{Reward, RewardSource};
 use fulgurite_core::span::Span;
 use fulgurite_core::training::Stream;
@@ -23,7 +23,7 @@ use serde_json::Value;
 use crate::config::{ConfigError, RunConfig, StageConfig};
 use crate::host::dimension_of;
 use crate::run_directory::RunDirectory;
-use crate::trail::{self, GivenAs, StepTrail, TrailError, UpdateVerb};
+use crate::trail::{self, GivenAs, ShareTrail, StepTrail, TrailError, UpdateVerb};
 use crate::train::INITIAL;
 
 /// Why a rollout cannot be explained.
@@ -52,7 +52,7 @@ pub struct Explanation {
     pub stage: String,
     /// The step that enqueued it.
     pub step: u64,
-    /// Its group in that step.
+    /// Its group: the algorithm's number of it where an update of it said one, else its place in the list that was enqueued.
     pub group: u64,
     /// Its item.
     pub item: String,
@@ -66,7 +66,8 @@ pub struct Explanation {
     pub dimension: String,
     /// Its total there; `None` without a reward that counts.
     pub total: Option<f64>,
-    /// The same of all finished rollouts of its group, itself included, by id.
+    /// The same of all finished rollouts of its group, itself included, by id. They are what the algorithm called its group;
+    /// where it said nothing of one, what the step enqueued for the same item counts, forks included.
     pub group_totals: BTreeMap<RolloutId, Option<f64>>,
     /// Every recorded reward.
     pub rewards: Vec<ExplainedReward>,
@@ -155,6 +156,9 @@ pub struct Use {
     pub scope: &'static str,
     /// Advantage, token weight, KL weight or derivative.
     pub weight: WeightSummary,
+    /// What the loss made of its tokens beside that; `None` for the plugin's own derivatives, and in older runs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub share: Option<ShareTrail>,
     /// The row, from 0 among those of the rollout in this update.
     pub row: usize,
     /// Why it is in that row.
@@ -243,7 +247,42 @@ struct Known {
     /// Steps of the stage that were given it, carried it over, or used it.
     steps: Vec<StepTrail>,
     has_trail: bool,
+    groups: SaidGroups,
     tokenizer: Option<PolicyTokenizer>,
+}
+
+/// Who is compared with a rollout, by the word of its algorithm.
+#[derive(Debug, Default)]
+struct SaidGroups {
+    /// Its own group.
+    own: Option<u64>,
+    /// Whether others that were trained on beside it are of its group.
+    others: BTreeMap<RolloutId, bool>,
+}
+
+impl SaidGroups {
+    /// Reads the groups of the updates that used the rollout.
+    fn read(&mut self, step: &StepTrail, is_own: impl Fn(&str) -> bool) {
+        for update in &step.updates {
+            let entries = step.entries(update);
+            let Some(own) = entries.iter().find(|entry| is_own(&entry.id)).and_then(|entry| entry.group) else {
+                continue;
+            };
+            self.own.get_or_insert(own);
+            for entry in entries.iter().filter(|entry| entry.group.is_some()) {
+                let rollout = entry.id.split('/').next().unwrap_or_default();
+                if let Ok(rollout) = RolloutId::new(rollout) {
+                    *self.others.entry(rollout).or_default() |= entry.group == Some(own);
+                }
+            }
+        }
+    }
+
+    /// Whether a rollout is of the group of the one that `spec` is of.
+    fn has(&self, other: &RolloutSpec, spec: &RolloutSpec) -> bool {
+        let is_of_item = || other.item_id == spec.item_id && other.mode == spec.mode;
+        self.others.get(&other.id).copied().unwrap_or_else(is_of_item)
+    }
 }
 
 impl Known {
@@ -293,7 +332,7 @@ pub fn explain(run: &RunDirectory, store: &dyn RolloutStore, rollout: &RolloutId
         rollout: rollout.clone(),
         stage: spec.stage.clone(),
         step: spec.step,
-        group: spec.group,
+        group: known.groups.own.unwrap_or(spec.group),
         item: spec.item_id.clone(),
         mode: spec.mode,
         attempt: known.attempt.as_ref().map(|attempt| attempt.key.attempt.0),
@@ -328,7 +367,7 @@ fn gather(run: &RunDirectory, store: &dyn RolloutStore, rollout: &RolloutId) -> 
         Some(most) => fit(&mut transitions, most, config.rollout.row_too_long),
         None => Fit::Whole,
     };
-    let (mut steps, mut has_trail) = (vec![], false);
+    let (mut steps, mut has_trail, mut groups) = (vec![], false, SaidGroups::default());
     trail::read(&run.trail(), |mut step| {
         if step.stage != record.spec.stage {
             return;
@@ -337,6 +376,7 @@ fn gather(run: &RunDirectory, store: &dyn RolloutStore, rollout: &RolloutId) -> 
         let is_own = |id: &str| is_of(id, attempt.as_ref().map(|attempt| &attempt.key));
         let uses = step.updates.iter().any(|update| update.entries.iter().any(|entry| is_own(&entry.id)));
         if uses || step.given.contains_key(rollout) || step.carried.contains(rollout) {
+            groups.read(&step, is_own);
             // A long run's trail is not to be held whole.
             step.updates.iter_mut().for_each(|update| update.entries.retain(|entry| is_own(&entry.id)));
             steps.push(step);
@@ -344,7 +384,7 @@ fn gather(run: &RunDirectory, store: &dyn RolloutStore, rollout: &RolloutId) -> 
     })?;
     let folder = config.policy.local.as_ref().and_then(|local| local.model.directory.clone());
     let tokenizer = PolicyTokenizer::load(&folder.unwrap_or_else(|| run.policy(INITIAL))).ok();
-    Ok(Known { config, record, attempt, spans, transitions, fit, steps, has_trail, tokenizer })
+    Ok(Known { config, record, attempt, spans, transitions, fit, steps, has_trail, groups, tokenizer })
 }
 
 /// Whether a transition is of an attempt.
@@ -377,7 +417,7 @@ fn group_totals(store: &dyn RolloutStore, known: &Known) -> Result<BTreeMap<Roll
         for row in page.items {
             let other = &row.rollout.spec;
             let Some(attempt) = row.attempt.filter(|attempt| attempt.state.is_terminal()) else { continue };
-            if (other.group, &other.item_id, other.mode) == (spec.group, &spec.item_id, spec.mode) {
+            if known.groups.has(other, spec) {
                 let graded = attempt.outcome.as_ref().is_some_and(|outcome| outcome.kind.is_graded());
                 let total = total_reward(&attempt.rewards, known.dimension(), known.accept()).filter(|_| graded);
                 totals.insert(other.id.clone(), total);

@@ -21,7 +21,8 @@ use fulgurite_core::id::{PolicyVersion, TransitionId};
 use fulgurite_core::llm::{LlmBackend, Message, Role, Sampling};
 use fulgurite_core::seed::Seed;
 use fulgurite_core::training::{
-    ForwardBackwardReport, LossSpec, OptimiserReport, OptimiserStep, RowDerivatives, Stream, TrainingRow,
+    ForwardBackwardReport, LossSpec, OptimiserReport, OptimiserStep, PolicyLoss, RatioLevel, RowDerivatives, Stream,
+    TrainingRow,
 };
 use fulgurite_policy::PolicyEngine;
 use fulgurite_runner::Runner;
@@ -37,6 +38,7 @@ use crate::trail::{DEMONSTRATION, StepTrail, TrailKeeper};
 
 pub(crate) use batch::CarriedBatch;
 use batch::{Carried, OpenBatch};
+use mismatch::drawn;
 use monitor::Monitor;
 pub(crate) use noted::dimension_of;
 use views::{engine_error, role_of, runner_error, sampled, spread, transition_view, versions};
@@ -231,13 +233,14 @@ impl StageHost {
         state.estimates.clear();
         let mut scalars = std::mem::take(&mut state.scalars);
         std::mem::take(&mut state.monitor).write(self.dimension(), &mut scalars);
-        state.begun_with = versions(&self.engine);
+        let begun_with = std::mem::replace(&mut state.begun_with, versions(&self.engine));
+        let begun_with = begun_with.get(&None).copied().unwrap_or_default();
         EndedStep {
             scalars,
             notes: std::mem::take(&mut state.notes),
             carried,
             repeats: !std::mem::take(&mut state.depends_on_arrival),
-            trail: state.trail.end(waiting),
+            trail: state.trail.end(waiting, begun_with),
         }
     }
 
@@ -368,10 +371,12 @@ impl AlgorithmHost for StageHost {
             let trained = Trained::Policy(engine.clone());
             transitions.iter().try_for_each(|id| self.check_model(&model, &trained, id))?;
             let (rows, masks) = self.rows_of(&transitions)?;
+            let drawn = drawn(&rows);
             let results = engine.forward(rows, None).await.map_err(engine_error)?;
-            let mut state = self.state();
-            for ((id, result), mask) in transitions.iter().zip(results).zip(masks) {
-                state.transitions.anchor(&model, id, sampled(&result.log_probs, &mask))?;
+            for (((id, result), mask), drawn) in transitions.iter().zip(results).zip(masks).zip(drawn) {
+                let log_probs = sampled(&result.log_probs, &mask);
+                self.state().monitor.compare(&model, id, &log_probs, &drawn);
+                self.state().transitions.anchor(&model, id, log_probs)?;
             }
             Ok(())
         })
@@ -389,12 +394,15 @@ impl AlgorithmHost for StageHost {
             let rows = self.rows(&model, &batch)?;
             let drawn = rows.iter().any(|row| row.stream == Stream::Rl);
             let used = self.note_use(&model, &engine, &batch, &loss, &rows);
+            let of_sequences = loss.ratio_level != RatioLevel::Token && loss.policy_loss != PolicyLoss::Reinforce;
             let report = engine.forward_backward(rows, loss).await.map_err(engine_error)?;
             let mut state = self.state();
             state.trail.keep(used, &report);
             state.totals.tokens += report.total_tokens;
             if drawn {
-                state.monitor.updated(&model, &report);
+                let of_gradient = batch.iter().filter(|entry| entry.stream == Stream::Rl);
+                let of_gradient = of_gradient.map(|entry| &entry.transition);
+                state.monitor.updated(&model, &report, of_sequences, of_gradient);
             }
             Ok(report)
         })
@@ -403,9 +411,9 @@ impl AlgorithmHost for StageHost {
     fn forward(&self, model: ModelReference, transitions: Vec<TransitionId>) -> Verb<'_, Vec<TransitionForward>> {
         Box::pin(async move {
             self.check_stop()?;
-            let (engine, snapshot) = match model {
-                ModelReference::Snapshot(name) => (Trained::Policy(self.engine.clone()), Some(name)),
-                model => (self.trained(&model)?, None),
+            let (engine, snapshot) = match &model {
+                ModelReference::Snapshot(name) => (Trained::Policy(self.engine.clone()), Some(name.clone())),
+                model => (self.trained(model)?, None),
             };
             let (rows, masks) = self.rows_of(&transitions)?;
             let Trained::Policy(engine) = engine else {
@@ -419,7 +427,15 @@ impl AlgorithmHost for StageHost {
                 });
                 return Ok(views.collect());
             };
+            let (drawn, is_newest) = (drawn(&rows), snapshot.is_none());
+            let trained = Trained::Policy(engine.clone());
             let results = engine.forward(rows, snapshot).await.map_err(engine_error)?;
+            for (((id, result), mask), drawn) in transitions.iter().zip(&results).zip(&masks).zip(&drawn) {
+                // What another model drew says nothing of this one's sampler.
+                if is_newest && self.check_model(&model, &trained, id).is_ok() {
+                    self.state().monitor.compare(&model, id, &sampled(&result.log_probs, mask), drawn);
+                }
+            }
             let views =
                 transitions.into_iter().zip(results).zip(masks).map(|((transition, result), mask)| TransitionForward {
                     transition,

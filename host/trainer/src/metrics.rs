@@ -11,18 +11,20 @@
 //! | `host/too_long_share` | the same | share left out because a row is longer than `rollout.row_tokens_max` |
 //! | `host/cut_tokens` | the same | drawn tokens that are not trained on because their rows are too long |
 //! | `host/response_tokens_mean` | those without a fault | drawn tokens of a rollout, all calls together |
-//! | `host/zero_variance_share` | groups with several that count | share whose totals of the stage's `dimension` (`reward`) are all equal |
+//! | `host/zero_variance_share` | items of a step with several rollouts that count, forks included | share whose totals of the stage's `dimension` (`reward`) are all equal |
 //! | `host/reward/DIMENSION` | those that count and have it | mean total of the dimension, accepted sources only |
 //! | `host/entropy`, `host/clip_fraction`, `host/kl`, `host/reference_kl` | updates by policy gradient | means over trained tokens: entropy and KLs in nats, `kl` is k3 between π_old and π_θ |
+//! | `host/sequence_clip_fraction` | those of them whose ratios are of sequences | the same as `host/clip_fraction`, which leaves them out: their bounds are tight, and whole sequences clip |
 //! | `host/gradient_norm_max`, `host/skipped_updates` | optimiser steps | largest norm before clipping; steps skipped because a gradient was not finite |
 //! | `host/staleness_mean`, `host/staleness_max` | trained tokens of policy gradient | optimiser steps between the weights that drew a token and those that the step began with |
 //!
-//! and of updates by policy gradient, how far sampler and trainer disagree:
+//! how far sampler (μ) and trainer (π_old, its weights as the step found them) disagree, and how far updates by policy gradient go:
 //!
 //! | name | what |
 //! |---|---|
-//! | `host/mismatch_mean` | mean of abs(log π_θ − log μ) in nats: how far trainer (π_θ) and sampler (μ) disagree; weighted by tokens over the step's updates |
-//! | `host/mismatch_max` | the largest |
+//! | `host/mismatch_mean` | mean of abs(log π_old − log μ) in nats, over the tokens that a verb looked at before their model's weights moved |
+//! | `host/mismatch_k3` | mean k3 of the two over the same tokens, in nats |
+//! | `host/mismatch_max` | the largest abs(log π_old − log μ) of them |
 //! | `host/ratio_mean` | mean of the ratio π_θ/π_old of the loss; weighted likewise |
 //! | `host/ratio_max` | the largest |
 //! | `host/effective_sample_size` | `(Σ w)² / (N Σ w²)` with w = π_θ/μ, 0 to 1; the smallest of the step's updates |
@@ -30,9 +32,10 @@
 //! Numbers of updates and optimiser steps are over all models that are trained. Those of a model beside the policy stand by
 //! themselves as well, as `host/MODEL/entropy`, `host/MODEL/ratio_max` and so on.
 //!
-//! The first update of a step runs on the weights that drew its tokens, so on the device `cpu`, whose sampler and trainer have
-//! the same kernels, a step with one update has mismatch 0, ratio 1 and size 1; further updates and rollouts of older weights
-//! move them. Definitions: [`fulgurite_core::training::ForwardBackwardReport`].
+//! A token is compared once, by `anchor`, `forward` or `forward-backward`. Mini-batches behind a step's first optimiser step say
+//! nothing of it, unless they were anchored: what they find is the update. On the device `cpu`, whose sampler and trainer have the
+//! same kernels, mismatches are 0 but for rollouts of older weights; ratio and size are 1 in a step's first update, and further
+//! updates and rollouts of older weights move them. Definitions: [`fulgurite_core::training::ForwardBackwardReport`].
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -50,7 +53,7 @@ const HOST_PREFIX: &str = "host/";
 pub const NAME_BYTES_MAX: usize = 64;
 
 /// What the host writes of a step, without its prefix. Rewards have a name for each dimension beside these.
-const HOST_NAMES: [&str; 18] = [
+const HOST_NAMES: [&str; 20] = [
     "clip_fraction",
     "cut_tokens",
     "effective_sample_size",
@@ -58,12 +61,14 @@ const HOST_NAMES: [&str; 18] = [
     "excluded_share",
     "gradient_norm_max",
     "kl",
+    "mismatch_k3",
     "mismatch_max",
     "mismatch_mean",
     "ratio_max",
     "ratio_mean",
     "reference_kl",
     "response_tokens_mean",
+    "sequence_clip_fraction",
     "skipped_updates",
     "staleness_max",
     "staleness_mean",

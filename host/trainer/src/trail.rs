@@ -37,6 +37,9 @@ pub struct StepTrail {
     pub algorithm: String,
     /// Its version.
     pub version: String,
+    /// The policy's weights that the step began with; an older run does not say.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub policy_version: Option<PolicyVersion>,
     /// Rollouts that the algorithm was given.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub given: BTreeMap<RolloutId, GivenAs>,
@@ -127,6 +130,22 @@ pub struct EntryTrail {
     pub group: Option<u64>,
     /// Its weights; of `backward` the derivatives with respect to log-probs, or to values of a critic.
     pub weights: WeightTrail,
+    /// What the loss made of its tokens beside them; an older run does not say, and `backward` has no loss.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub share: Option<ShareTrail>,
+}
+
+/// What a loss made of the tokens of an entry, beside their weights.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct ShareTrail {
+    /// What their losses were multiplied with when the batch was added up, as a mean over them.
+    pub coefficient: f64,
+    /// Mean of the correction's weights on them; `None` without a correction.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub correction: Option<f64>,
+    /// Tokens that the correction's mask dropped.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub dropped: u64,
 }
 
 /// Weights of an entry.
@@ -190,6 +209,7 @@ impl TrailKeeper {
         policy_version: PolicyVersion,
         batch: &[BatchEntry],
         loss: &impl Serialize,
+        share: impl Fn(&BatchEntry) -> Option<ShareTrail>,
     ) -> Option<UpdateTrail> {
         let mut update = self.begin(UpdateVerb::ForwardBackward, model, policy_version)?;
         update.loss = json(loss);
@@ -205,6 +225,7 @@ impl TrailKeeper {
                     Weights::Scalar(weight) => WeightTrail::All(*weight),
                     Weights::PerToken(weights) => keeper.weights(weights),
                 },
+                share: share(entry),
             });
         }
         Some(update)
@@ -227,6 +248,7 @@ impl TrailKeeper {
                 observed: false,
                 group: None,
                 weights: derivatives.map_or(WeightTrail::All(0.0), |list| keeper.weights(list)),
+                share: None,
             });
         }
         Some(update)
@@ -256,11 +278,11 @@ impl TrailKeeper {
         }
     }
 
-    /// Ends a step; `None` when nothing is kept.
-    pub(crate) fn end(&mut self, carried: Vec<RolloutId>) -> Option<StepTrail> {
+    /// Ends a step that began with these weights; `None` when nothing is kept.
+    pub(crate) fn end(&mut self, carried: Vec<RolloutId>, begun_with: PolicyVersion) -> Option<StepTrail> {
         let step = std::mem::take(&mut self.step);
         (self.entries, self.token_weights) = (0, 0);
-        self.config.record.then_some(StepTrail { carried, ..step })
+        self.config.record.then_some(StepTrail { carried, policy_version: Some(begun_with), ..step })
     }
 
     fn begin(&self, verb: UpdateVerb, model: &ModelReference, policy_version: PolicyVersion) -> Option<UpdateTrail> {
@@ -457,10 +479,11 @@ mod tests {
         keeper.given(&RolloutId::new("r-0").unwrap(), GivenAs::Graded);
         for batch in batches {
             let loss = LossSpec::default();
-            let update = keeper.of_batch(&ModelReference::Policy, PolicyVersion(3), batch, &loss);
+            let share = |_: &BatchEntry| Some(ShareTrail { coefficient: 0.1, correction: Some(1.5), dropped: 0 });
+            let update = keeper.of_batch(&ModelReference::Policy, PolicyVersion(3), batch, &loss, share);
             keeper.keep(update, &serde_json::json!({"loss": 0.5}));
         }
-        keeper.end(vec![])
+        keeper.end(vec![], PolicyVersion(3))
     }
 
     fn read_all(path: &Path) -> Vec<StepTrail> {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use fulgurite_adapter::{Fit, Transition};
+use fulgurite_core::algorithm::ModelReference;
 use fulgurite_core::id::RolloutId;
 use fulgurite_core::llm::NotTrainable;
 use fulgurite_core::record::RolloutMode;
@@ -37,6 +38,9 @@ pub(super) fn of_call(known: &Known, transition: &Transition, others_are_used: b
         let text = format!("its agent role `{role}` is not in the stage's `agent_roles`: {}", roles.join(", "));
         return vec![Reason::new("agent-role", text)];
     }
+    if let Some(text) = stale(known, transition) {
+        return vec![Reason::new("stale", text)];
+    }
     if others_are_used {
         return vec![Reason::new(
             "not-asked",
@@ -44,6 +48,20 @@ pub(super) fn of_call(known: &Known, transition: &Transition, others_are_used: b
         )];
     }
     vec![]
+}
+
+/// How much too old the weights are that drew a call, where the stage leaves such calls out.
+fn stale(known: &Known, transition: &Transition) -> Option<String> {
+    let most = known.stage()?.config.get("staleness_max")?.as_integer().and_then(|most| u64::try_from(most).ok())?;
+    if transition.model() != ModelReference::Policy {
+        return None;
+    }
+    let rollout = &known.record.spec.id;
+    let now = known.steps.iter().rev().find(|step| step.given.contains_key(rollout))?.policy_version?;
+    let drawn = transition.policy_version();
+    let age = now.0.saturating_sub(drawn.0);
+    (age > most)
+        .then(|| format!("it was drawn by {drawn}, {age} versions before {now}; the stage's `staleness_max` is {most}"))
 }
 
 /// Why a rollout was not trained on, or may not have been as meant.
@@ -134,6 +152,10 @@ fn unused(known: &Known, explanation: &Explanation) -> Vec<Reason> {
     if explanation.total.is_none() {
         let text = format!("no accepted reward is of dimension `{}`", explanation.dimension);
         return vec![Reason::new("no-reward", text)];
+    }
+    let mut trainable = known.transitions.iter().filter(|transition| transition.is_trainable()).peekable();
+    if trainable.peek().is_some() && trainable.all(|transition| stale(known, transition).is_some()) {
+        return vec![Reason::new("stale", "all its calls were drawn by weights that are too old")];
     }
     if is_flat(&explanation.group_totals) {
         let text = format!("{}; the step made {} updates", flat_text(&explanation.group_totals), step.updates);

@@ -4,11 +4,11 @@
 use std::collections::BTreeMap;
 
 use fulgurite_core::algorithm::ModelReference;
-use fulgurite_core::id::PolicyVersion;
+use fulgurite_core::id::{PolicyVersion, TransitionId};
 use fulgurite_core::reward::Reward;
 use fulgurite_core::training::{ForwardBackwardReport, OptimiserReport, Stream, TrainingRow};
 
-use super::mismatch::Mismatch;
+use super::mismatch::{Compared, Mismatch};
 
 /// Dimensions of which a metric is written. 32: names are a guest's word.
 const DIMENSIONS_MAX: usize = 32;
@@ -21,13 +21,14 @@ pub(super) struct Monitor {
     learning: Learning,
     /// Of each model beside the policy.
     named: BTreeMap<String, Learning>,
+    compared: Compared,
 }
 
 /// What updates have shown.
 #[derive(Debug, Default)]
 struct Learning {
     updates: Option<Updates>,
-    mismatch: Option<Mismatch>,
+    mismatch: Mismatch,
     gradient_norm_max: Option<f64>,
     skipped_updates: u64,
     staleness: Option<Staleness>,
@@ -38,6 +39,8 @@ struct Learning {
 pub(super) struct Given {
     /// Its batch and its group in it.
     pub(super) group: (u64, u64),
+    /// The step that enqueued it, and its item: what it is compared with is of both, in whichever batch.
+    pub(super) item: (u64, String),
     pub(super) graded: bool,
     /// It has a row that is too long and is left out.
     pub(super) too_long: bool,
@@ -53,6 +56,9 @@ pub(super) struct Given {
 struct Updates {
     tokens: f64,
     entropy: f64,
+    /// Tokens of losses with ratios of sequences, which clip a whole sequence at once.
+    sequence_tokens: f64,
+    sequence_clip_fraction: f64,
     clip_fraction: f64,
     kl: f64,
     reference_kl: f64,
@@ -84,9 +90,33 @@ impl Monitor {
         self.rollouts.retain(|given| given.group.0 != batch || !groups.contains(&given.group.1));
     }
 
-    /// Counts what an update found.
-    pub(super) fn updated(&mut self, model: &ModelReference, report: &ForwardBackwardReport) {
-        self.of(model).for_each(|learning| learning.updated(report));
+    /// Counts what an update by policy gradient of these transitions found; `of_sequences`: its ratios were of sequences.
+    pub(super) fn updated<'a>(
+        &mut self,
+        model: &ModelReference,
+        report: &ForwardBackwardReport,
+        of_sequences: bool,
+        transitions: impl IntoIterator<Item = &'a TransitionId>,
+    ) {
+        let found = Mismatch::of(report, self.compared.takes(model, transitions));
+        self.of(model).for_each(|learning| {
+            learning.updated(report, of_sequences);
+            learning.mismatch.add(found);
+        });
+    }
+
+    /// Compares trainer and sampler on a transition's drawn tokens, unless that has been done or the model has moved.
+    pub(super) fn compare(
+        &mut self,
+        model: &ModelReference,
+        transition: &TransitionId,
+        trainer: &[f32],
+        sampler: &[f32],
+    ) {
+        if !sampler.is_empty() && self.compared.takes(model, [transition]) {
+            let found = Mismatch::of_tokens(trainer, sampler);
+            self.of(model).for_each(|learning| learning.mismatch.add(found));
+        }
     }
 
     /// Counts how old the weights are that drew what is trained on. `now` is the version of the model that the step began with.
@@ -95,6 +125,9 @@ impl Monitor {
     }
 
     pub(super) fn stepped(&mut self, model: &ModelReference, report: &OptimiserReport) {
+        if !report.skipped {
+            self.compared.moved(model);
+        }
         self.of(model).for_each(|learning| learning.stepped(report));
     }
 
@@ -139,16 +172,19 @@ impl Monitor {
 }
 
 impl Learning {
-    fn updated(&mut self, report: &ForwardBackwardReport) {
+    fn updated(&mut self, report: &ForwardBackwardReport, of_sequences: bool) {
         let tokens = report.trained_tokens as f64;
         let updates = self.updates.get_or_insert_default();
         updates.tokens += tokens;
         updates.entropy += report.entropy * tokens;
-        updates.clip_fraction += report.clip_fraction * tokens;
+        if of_sequences {
+            updates.sequence_tokens += tokens;
+            updates.sequence_clip_fraction += report.clip_fraction * tokens;
+        } else {
+            updates.clip_fraction += report.clip_fraction * tokens;
+        }
         updates.kl += report.approximate_kl * tokens;
         updates.reference_kl += report.reference_kl * tokens;
-        let found = Mismatch::of(report);
-        self.mismatch = Some(self.mismatch.map_or(found, |before| before.and(found)));
     }
 
     fn trained(&mut self, rows: &[TrainingRow], now: PolicyVersion) {
@@ -169,15 +205,19 @@ impl Learning {
     }
 
     fn write(&self, prefix: &str, scalars: &mut BTreeMap<String, f64>) {
-        if let Some(mismatch) = self.mismatch {
-            mismatch.write(prefix, scalars);
-        }
+        self.mismatch.write(prefix, scalars);
         let mut numbers: Vec<(&str, f64)> = vec![];
         if let Some(updates) = self.updates {
             let tokens = updates.tokens.max(1.0);
+            let own_tokens = updates.tokens - updates.sequence_tokens;
+            if own_tokens > 0.0 || updates.sequence_tokens == 0.0 {
+                numbers.push(("clip_fraction", updates.clip_fraction / own_tokens.max(1.0)));
+            }
+            if updates.sequence_tokens > 0.0 {
+                numbers.push(("sequence_clip_fraction", updates.sequence_clip_fraction / updates.sequence_tokens));
+            }
             numbers.extend([
                 ("entropy", updates.entropy / tokens),
-                ("clip_fraction", updates.clip_fraction / tokens),
                 ("kl", updates.kl / tokens),
                 ("reference_kl", updates.reference_kl / tokens),
             ]);
@@ -194,11 +234,12 @@ impl Learning {
     }
 }
 
-/// Share of the groups with several graded rollouts whose rewards are all the same; `None` without such groups.
+/// Share of the groups with several graded rollouts whose rewards are all the same; `None` without such groups. A group is the
+/// step's rollouts of one item, forks that came in later batches included.
 fn zero_variance_share(rollouts: &[&Given], dimension: &str) -> Option<f64> {
-    let mut groups: BTreeMap<(u64, u64), Vec<f64>> = BTreeMap::new();
+    let mut groups: BTreeMap<&(u64, String), Vec<f64>> = BTreeMap::new();
     for given in rollouts {
-        groups.entry(given.group).or_default().extend(given.totals.get(dimension));
+        groups.entry(&given.item).or_default().extend(given.totals.get(dimension));
     }
     let groups: Vec<Vec<f64>> = groups.into_values().filter(|rewards| rewards.len() > 1).collect();
     let is_flat = |rewards: &&Vec<f64>| rewards.iter().all(|reward| Some(reward) == rewards.first());
@@ -234,6 +275,7 @@ mod tests {
     fn given(group: u64, graded: bool, reward: f64) -> Given {
         Given {
             group: (1, group),
+            item: (0, format!("item-{group}")),
             graded,
             too_long: false,
             cut_tokens: 0,
@@ -281,8 +323,8 @@ mod tests {
         let report = |trained_tokens, entropy| ForwardBackwardReport { trained_tokens, entropy, ..Default::default() };
         let mut monitor = Monitor::default();
         let policy = ModelReference::Policy;
-        monitor.updated(&policy, &report(300, 1.0));
-        monitor.updated(&policy, &report(100, 2.0));
+        monitor.updated(&policy, &report(300, 1.0), false, []);
+        monitor.updated(&policy, &report(100, 2.0), false, []);
         monitor.stepped(&policy, &OptimiserReport { gradient_norm: 3.0, ..Default::default() });
         monitor.stepped(&policy, &OptimiserReport { gradient_norm: f64::NAN, skipped: true, ..Default::default() });
         let scalars = written(monitor);
@@ -297,8 +339,8 @@ mod tests {
         let report = |entropy| ForwardBackwardReport { trained_tokens: 100, entropy, ..Default::default() };
         let mut monitor = Monitor::default();
         let writing = ModelReference::Named("writing".to_owned());
-        monitor.updated(&ModelReference::Policy, &report(1.0));
-        monitor.updated(&writing, &report(2.0));
+        monitor.updated(&ModelReference::Policy, &report(1.0), false, []);
+        monitor.updated(&writing, &report(2.0), false, []);
         monitor.stepped(&writing, &OptimiserReport { gradient_norm: 3.0, ..Default::default() });
         let scalars = written(monitor);
         is(&scalars, "entropy", 1.5);
@@ -306,6 +348,36 @@ mod tests {
         is(&scalars, "writing/gradient_norm_max", 3.0);
         is(&scalars, "writing/ratio_mean", 0.0);
         assert_eq!(scalars.keys().filter(|name| name.starts_with("host/policy")).count(), 0);
+    }
+
+    #[test]
+    fn forks_of_later_batches_are_of_the_group_of_their_item() {
+        // A root of its own batch, and the forks of it in another one.
+        let fork = |reward| Given { group: (2, 0), ..given(0, true, reward) };
+        let mut monitor = Monitor::default();
+        [given(0, true, 1.0), fork(1.0), fork(0.0), given(1, true, 0.0)].into_iter().for_each(|one| monitor.given(one));
+        monitor.given(Given { group: (2, 1), ..given(1, true, 0.0) });
+        // The same item in an earlier step, carried over, is another group.
+        monitor.given(Given { group: (3, 0), item: (7, "item-1".to_owned()), ..given(1, true, 1.0) });
+        is(&written(monitor), "zero_variance_share", 0.5);
+    }
+
+    #[test]
+    fn clips_of_sequences_have_a_metric_of_their_own() {
+        let written_of = |updates: &[(u64, f64, bool)]| {
+            let mut monitor = Monitor::default();
+            for (trained_tokens, clip_fraction, of_sequences) in updates.iter().copied() {
+                let report = ForwardBackwardReport { trained_tokens, clip_fraction, ..Default::default() };
+                monitor.updated(&ModelReference::Policy, &report, of_sequences, []);
+            }
+            written(monitor)
+        };
+        let scalars = written_of(&[(100, 0.5, true), (300, 0.4, true)]);
+        is(&scalars, "sequence_clip_fraction", 0.425);
+        assert!(!scalars.contains_key("host/clip_fraction"), "{scalars:?}");
+        let scalars = written_of(&[(100, 0.5, true), (100, 0.1, false)]);
+        is(&scalars, "clip_fraction", 0.1);
+        is(&scalars, "sequence_clip_fraction", 0.5);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use fulgurite_runner::{Job, RolloutResult};
 use futures::FutureExt;
 
 use super::StageHost;
-use super::batch::{Carried, OpenBatch};
+use super::batch::{Carried, Faults, OpenBatch};
 use super::monitor::{Given, totals};
 use super::views::{runner_error, transition_view};
 use crate::config::AlgorithmGrant;
@@ -178,6 +178,7 @@ impl StageHost {
             if is_trained {
                 state.monitor.given(Given {
                     group: (batch, group),
+                    item: (result.spec.step, result.spec.item_id.clone()),
                     graded,
                     too_long,
                     cut_tokens: transitions.iter().map(|transition| transition.cut_tokens).sum(),
@@ -235,16 +236,6 @@ impl StageHost {
                 target.clone_from(source);
             }
         }
-    }
-
-    fn check_faults(&self, open: &OpenBatch) -> Result<(), AlgorithmHostError> {
-        let excluded: u64 = open.faults.values().map(|(count, _)| count).sum();
-        if excluded as f64 <= self.rollout.fault_share_max * open.size() as f64 {
-            return Ok(());
-        }
-        let most = open.faults.iter().max_by_key(|(_, (count, _))| *count);
-        let most_frequent = most.map_or_else(String::new, |(kind, (_, detail))| format!("{}: {detail}", kind.as_str()));
-        Err(AlgorithmHostError::TooManyFaults { excluded, total: open.size(), most_frequent })
     }
 
     /// Files a batch under the next number.
@@ -307,7 +298,8 @@ impl StageHost {
         }
         ended.sort_by_key(|(place, _)| *place);
         let views = self.view(batch, open, ended)?;
-        self.check_faults(open)?;
+        let faults = batches.values().map(|batch| (batch.size(), &batch.faults));
+        check_faults(faults, self.rollout.fault_share_max)?;
         Ok(views)
     }
 
@@ -385,6 +377,30 @@ impl StageHost {
     }
 }
 
+/// Refuses to go on when more than this share of the rollouts of a step's batches, of which each has a size and faults, ended
+/// with a fault. All that the step has asked for so far counts together: one that asks in small portions is not stopped by one
+/// of them.
+fn check_faults<'a>(
+    batches: impl Iterator<Item = (u64, &'a Faults)>,
+    share_max: f64,
+) -> Result<(), AlgorithmHostError> {
+    let (mut total, mut faults) = (0, Faults::new());
+    for (size, of_batch) in batches {
+        total += size;
+        for (kind, (count, detail)) in of_batch {
+            let known = faults.entry(*kind).or_default();
+            *known = (known.0 + count, detail.clone());
+        }
+    }
+    let excluded: u64 = faults.values().map(|(count, _)| count).sum();
+    if excluded as f64 <= share_max * total as f64 {
+        return Ok(());
+    }
+    let most = faults.iter().max_by_key(|(_, (count, _))| *count);
+    let most_frequent = most.map_or_else(String::new, |(kind, (_, detail))| format!("{}: {detail}", kind.as_str()));
+    Err(AlgorithmHostError::TooManyFaults { excluded, total, most_frequent })
+}
+
 fn unknown_batch(batch: u64) -> AlgorithmHostError {
     AlgorithmHostError::Unknown { kind: "batch of this step", id: batch.to_string() }
 }
@@ -393,4 +409,27 @@ fn unknown_batch(batch: u64) -> AlgorithmHostError {
 /// plugin's: its loss is about the one, and its groups are not to draw the same with the other.
 fn merge(config: &Sampling, asked: &Sampling) -> Sampling {
     Sampling { temperature: asked.temperature, seed: asked.seed, ..asked.clone().or(config) }
+}
+
+#[cfg(test)]
+mod tests {
+    use fulgurite_core::outcome::OutcomeKind;
+
+    use super::*;
+
+    #[test]
+    fn faults_are_a_share_of_the_step_and_not_of_one_batch() {
+        let faults = |kind, count| Faults::from([(kind, (count, "why".to_owned()))]);
+        let (roots, forks) = (faults(OutcomeKind::Trap, 1), faults(OutcomeKind::GraderFault, 2));
+        let check = |batches: &[(u64, &Faults)]| check_faults(batches.iter().copied(), 0.2);
+        // Half of the forks have a fault, and 3 of all 20.
+        check(&[(16, &roots), (4, &forks)]).unwrap();
+        check(&[]).unwrap();
+        let told = check(&[(10, &roots), (4, &forks)]).unwrap_err().to_string();
+        assert!(
+            told.starts_with("3 of 14 rollouts failed") && told.ends_with("most often: grader-fault: why"),
+            "{told}"
+        );
+        assert!(check(&[(4, &forks)]).is_err(), "a step with that batch alone");
+    }
 }
