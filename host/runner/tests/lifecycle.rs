@@ -17,6 +17,7 @@ use fulgurite_core::llm::{
     ChatRequest, Completion, FinishReason, LlmBackend, LlmError, LlmSession, NotTrainable, SessionInfo, Usage,
 };
 use fulgurite_core::outcome::OutcomeKind;
+use fulgurite_core::reward::RewardSource;
 use fulgurite_core::state::{AttemptState, RolloutState};
 use fulgurite_runner::{Job, Plugins, Recording, RetryPolicy, RewardTerms, Runner, RunnerGrants, RunnerSettings};
 use fulgurite_sandbox::{Sandbox, SandboxSettings, Templates};

@@ -164,7 +164,9 @@ mod tests {
 
     fn written(found: &[Mismatch]) -> BTreeMap<String, f64> {
         let (mut all, mut scalars) = (Mismatch::default(), BTreeMap::new());
-        found.iter().for_each(|found| all.add(*found));
+        for found in found {
+            all.add(*found);
+        }
         all.write("host/", &mut scalars);
         scalars
     }

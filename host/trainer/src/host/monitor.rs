@@ -355,7 +355,9 @@ mod tests {
         // A root of its own batch, and the forks of it in another one.
         let fork = |reward| Given { group: (2, 0), ..given(0, true, reward) };
         let mut monitor = Monitor::default();
-        [given(0, true, 1.0), fork(1.0), fork(0.0), given(1, true, 0.0)].into_iter().for_each(|one| monitor.given(one));
+        for rollout in [given(0, true, 1.0), fork(1.0), fork(0.0), given(1, true, 0.0)] {
+            monitor.given(rollout);
+        }
         monitor.given(Given { group: (2, 1), ..given(1, true, 0.0) });
         // The same item in an earlier step, carried over, is another group.
         monitor.given(Given { group: (3, 0), item: (7, "item-1".to_owned()), ..given(1, true, 1.0) });
