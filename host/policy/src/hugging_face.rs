@@ -10,6 +10,8 @@ mod config;
 pub(crate) mod dialect;
 mod export;
 mod guard;
+mod jinja;
+mod methods;
 mod own;
 mod plan;
 mod python;
@@ -203,7 +205,20 @@ impl ModelFolder {
             let reason = "it has no chat template: put one into chat_template.jinja";
             return Err(PolicyError::model_file(&self.path, reason));
         };
-        template.render(&conversation.messages, conversation.tools.as_deref(), add_generation_prompt, &Zoned::now())
+        let tools = conversation.tools.as_deref();
+        let rendered = template.render(&conversation.messages, tools, add_generation_prompt, &Zoned::now());
+        let rendered = rendered.map_err(|error| match error {
+            PolicyError::Template(text) => {
+                let file = template.file(tools.is_some()).display();
+                PolicyError::Template(format!("{text}; it is that of {file}: mend it, or change the conversation"))
+            }
+            other => other,
+        })?;
+        if rendered.is_empty() {
+            let reason = "the chat template writes nothing for this conversation: mend it";
+            return Err(PolicyError::model_file(template.file(tools.is_some()), reason));
+        }
+        Ok(rendered)
     }
 
     /// Token ids of a rendered conversation. Whatever spells an added token becomes it, wherever in the text it stands, as in
