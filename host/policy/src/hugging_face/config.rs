@@ -361,6 +361,8 @@ fn describe(fields: &Fields, generation: Option<&Fields>) -> Result<ModelDescrip
         rope_scaling,
         sliding_window: sliding_window(fields, architecture, layers)?,
     };
+        // Folders that this program writes of its own presets say false.
+        rope_f32: fields.typed("rope_f32", "true or false", Value::as_bool)?.unwrap_or(true),
     Ok(ModelDescription { architecture, shape, end_tokens })
 }
 
