@@ -233,7 +233,11 @@ fn rope(fields: &Fields, context_tokens_max: usize) -> Result<(f64, RopeScaling)
             factor: rope.required_number("factor")?,
             low_freq_factor: rope.required_number("low_freq_factor")?,
             high_freq_factor: rope.required_number("high_freq_factor")?,
-            original_context: rope.size("original_max_position_embeddings")?.unwrap_or(context_tokens_max),
+            // The outer one wins, as in transformers.
+            original_context: match fields.size("original_max_position_embeddings")? {
+                Some(outer) => outer,
+                None => rope.size("original_max_position_embeddings")?.unwrap_or(context_tokens_max),
+            },
         },
         other => {
             let supported = "supported are `default`, `linear` and `llama3`";
@@ -431,6 +435,9 @@ mod tests {
         let mistral = json!({"model_type": "mistral", "architectures": ["MistralForCausalLM"]});
         assert_eq!(window(&mistral).unwrap(), Some(4_096), "the default of its class");
         assert_eq!(window(&with(&mistral, json!({"sliding_window": null}))).unwrap(), None);
+        let outer = json!({"rope_theta": 5e5, "rope_scaling": oldest, "original_max_position_embeddings": 64});
+        let outer = read(&outer, None).unwrap().shape.rope_scaling;
+        assert!(matches!(outer, RopeScaling::Llama3 { original_context: 64, .. }));
         assert_eq!(window(&with(&mistral, json!({"sliding_window": 5}))).unwrap(), Some(5));
         let kinds = |kinds: &[&str]| json!({"sliding_window": 5, "layer_types": kinds});
         let (sliding, full) = ("sliding_attention", "full_attention");
