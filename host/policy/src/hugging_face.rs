@@ -30,6 +30,8 @@ use crate::config::{PolicyConfig, invalid};
 use crate::engine::PolicyEngine;
 use crate::error::PolicyError;
 use crate::inference::Inference;
+use crate::parameters;
+use crate::shape::ModelShape;
 use crate::tokenizer::PolicyTokenizer;
 
 use self::chat::FolderTemplate;
@@ -117,7 +119,7 @@ impl ModelFolder {
             let reason = "it has no config.json: name the folder that `save_pretrained` has written";
             return Err(PolicyError::model_file(path, reason));
         }
-        let description = ModelDescription::read(path)?;
+        let mut description = ModelDescription::read(path)?;
         let weights = Weights::open(path)?;
         weights.check(&description.shape)?;
         let tokenizer = FolderTokenizer::read(path)?;
@@ -127,6 +129,12 @@ impl ModelFolder {
             return Err(PolicyError::model_file(path.join("tokenizer.json"), reason));
         }
         let template = FolderTemplate::read(path)?;
+        // As transformers: a head that is there and says something else is not tied, whatever config.json says.
+        if description.shape.tie_embeddings && weights.has_own_head(&description.shape)? {
+            description.shape.tie_embeddings = false;
+            let reason = "`tie_word_embeddings` is true and `lm_head.weight` is not the embedding: they are not tied";
+            description.warnings.push(format!("{}: {reason}", path.join("config.json").display()));
+        }
         Ok(Self { path: path.to_owned(), description, weights, tokenizer, template })
     }
 
@@ -172,13 +180,37 @@ impl ModelFolder {
     /// When a file has become unreadable, a limit does not fit, or a thread cannot be started.
     pub fn inference(&self, config: &PolicyConfig) -> Result<Inference, PolicyError> {
         let shape = &self.description.shape;
-        Inference::from_tensors(config, shape, &self.weights.sizes(), |name| self.weights.read(name))
+        let shape = ModelShape { context_tokens_max: tokens.max(shape.context_tokens_max), ..shape.clone() };
+        Inference::from_tensors(config, &shape, &self.weights.sizes(), |name| self.weights.read(name))
+    }
+
+    /// The first tensor with a value that is no finite number; reads all of them.
+    ///
+    /// # Errors
+    /// When a file has become unreadable.
+    pub fn first_not_finite(&self) -> Result<Option<PolicyError>, PolicyError> {
+        for spec in parameters::specs(&self.description.shape) {
+            if self.weights.read(&spec.name)?.iter().any(|value| !value.is_finite()) {
+                let reason = format!("`{}` has values that are no numbers: train or copy it again", spec.name);
+                return Ok(Some(PolicyError::model_file(self.weights.file_of(&spec.name), reason)));
+            }
+        }
+        Ok(None)
     }
 
     /// A policy that starts from these weights and speaks this folder's dialect. Of `config` the device and the limits count, and
     /// `context_tokens_max`, which makes the context shorter than the model's.
     ///
     /// # Errors
+        self.inference_of(config, self.description.shape.context_tokens_max)
+    }
+
+    /// The same for that many tokens, prompt and completion together, where the model's context is shorter: positions go on,
+    /// as in transformers, and the model has not been trained on them.
+    ///
+    /// # Errors
+    /// As of [`inference`](Self::inference), and when there are more tokens than any context may have.
+    pub fn inference_of(&self, config: &PolicyConfig, tokens: usize) -> Result<Inference, PolicyError> {
     /// When the folder cannot hold conversations, a file has become unreadable, a limit does not fit, or a thread cannot be
     /// started.
     pub fn engine(&self, config: &PolicyConfig, seed: Seed) -> Result<PolicyEngine, PolicyError> {
