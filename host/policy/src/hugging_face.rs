@@ -97,10 +97,18 @@ impl Conversation {
         if messages.is_empty() {
             return Err("`messages` is empty: give it at least one".to_owned());
         }
-        if let Some(at) = messages.iter().position(|message| !chat::field(message, "role").is_string()) {
-            return Err(format!("`messages[{at}]` has no `role`: give it system, user, assistant or tool"));
+        for (at, message) in messages.iter().enumerate() {
+            let fix = "give it system, user, assistant or tool";
+            match chat::field(message, "role") {
+                Value::String(_) => {}
+                Value::Null => return Err(format!("`messages[{at}]` has no `role`: {fix}")),
+                role => return Err(format!("`messages[{at}].role` is {role}: {fix}")),
+            }
         }
         let tools = fields.get("tools").filter(|tools| !tools.is_null());
+        if tools.is_none() && fields.contains_key("tool") {
+            return Err("it has `tool`: name it `tools`, a list of objects".to_owned());
+        }
         Ok(Self { messages, tools: tools.map(|tools| list(tools, "tools")).transpose()? })
     }
 }
@@ -121,6 +129,12 @@ impl ModelFolder {
         }
         let mut description = ModelDescription::read(path)?;
         let weights = Weights::open(path)?;
+        // As transformers: a head that is there and says something else is not tied, whatever config.json says.
+        if description.shape.tie_embeddings && weights.has_own_head(&description.shape)? {
+            description.shape.tie_embeddings = false;
+            let reason = "`tie_word_embeddings` is true and `lm_head.weight` is not the embedding: they are not tied";
+            description.warnings.push(format!("{}: {reason}", path.join("config.json").display()));
+        }
         weights.check(&description.shape)?;
         let tokenizer = FolderTokenizer::read(path)?;
         let (ids, rows) = (tokenizer.vocabulary(), description.shape.vocabulary);
@@ -129,12 +143,6 @@ impl ModelFolder {
             return Err(PolicyError::model_file(path.join("tokenizer.json"), reason));
         }
         let template = FolderTemplate::read(path)?;
-        // As transformers: a head that is there and says something else is not tied, whatever config.json says.
-        if description.shape.tie_embeddings && weights.has_own_head(&description.shape)? {
-            description.shape.tie_embeddings = false;
-            let reason = "`tie_word_embeddings` is true and `lm_head.weight` is not the embedding: they are not tied";
-            description.warnings.push(format!("{}: {reason}", path.join("config.json").display()));
-        }
         Ok(Self { path: path.to_owned(), description, weights, tokenizer, template })
     }
 
@@ -179,6 +187,15 @@ impl ModelFolder {
     /// # Errors
     /// When a file has become unreadable, a limit does not fit, or a thread cannot be started.
     pub fn inference(&self, config: &PolicyConfig) -> Result<Inference, PolicyError> {
+        self.inference_of(config, self.description.shape.context_tokens_max)
+    }
+
+    /// The same for that many tokens, prompt and completion together, where the model's context is shorter: positions go on,
+    /// as in transformers, and the model has not been trained on them.
+    ///
+    /// # Errors
+    /// As of [`inference`](Self::inference), and when there are more tokens than any context may have.
+    pub fn inference_of(&self, config: &PolicyConfig, tokens: usize) -> Result<Inference, PolicyError> {
         let shape = &self.description.shape;
         let shape = ModelShape { context_tokens_max: tokens.max(shape.context_tokens_max), ..shape.clone() };
         Inference::from_tensors(config, &shape, &self.weights.sizes(), |name| self.weights.read(name))
@@ -202,15 +219,6 @@ impl ModelFolder {
     /// `context_tokens_max`, which makes the context shorter than the model's.
     ///
     /// # Errors
-        self.inference_of(config, self.description.shape.context_tokens_max)
-    }
-
-    /// The same for that many tokens, prompt and completion together, where the model's context is shorter: positions go on,
-    /// as in transformers, and the model has not been trained on them.
-    ///
-    /// # Errors
-    /// As of [`inference`](Self::inference), and when there are more tokens than any context may have.
-    pub fn inference_of(&self, config: &PolicyConfig, tokens: usize) -> Result<Inference, PolicyError> {
     /// When the folder cannot hold conversations, a file has become unreadable, a limit does not fit, or a thread cannot be
     /// started.
     pub fn engine(&self, config: &PolicyConfig, seed: Seed) -> Result<PolicyEngine, PolicyError> {
