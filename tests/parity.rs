@@ -179,7 +179,8 @@ fn folders_that_cannot_be_used_say_why() {
         "\"tie_word_embeddings\": 0",
         &["`tie_word_embeddings` is 0", "true or false"],
     );
-    change("\"vocab_size\": 320", "\"vocab_size\": 300", &["config.json", "`eos_token_id` 304", "`vocab_size` (300)"]);
+    let fewer = ["model.safetensors", "`model.embed_tokens.weight` [320, ", "instead of [300, "];
+    change("\"vocab_size\": 320", "\"vocab_size\": 300", &fewer);
 
     let copy = Copy::of("llama-sharded-f16");
     std::fs::remove_file(copy.path("model-00002-of-00003.safetensors")).unwrap();
@@ -223,7 +224,20 @@ fn conversations_that_cannot_be_used_say_why() {
     refused("[]", &["chat.json", "`messages` is empty"]);
     refused(r#"[{"role": "critic", "content": "x"}]"#, &["unknown role critic"]);
     let long = json!([{"role": "user", "content": "Zoë ".repeat(2_000)}]).to_string();
-    refused(&long, &["tokens", "2048"]);
+    // Beyond the context the positions go on, as in transformers.
+    std::fs::write(&path, long).unwrap();
+    let finished = fulgurite(&["policy", "logits", "mistral", "--messages", path.to_str().unwrap()]);
+    assert_eq!(finished.code, 0, "{}", finished.stderr);
+    assert!(
+        finished.stderr.contains("warning: the prompt has") && finished.stderr.contains("2048"),
+        "{}",
+        finished.stderr
+    );
+    let greedy = usize::MAX.to_string();
+    let finished =
+        fulgurite(&["policy", "logits", "mistral", "--messages", path.to_str().unwrap(), "--greedy", &greedy]);
+    assert_eq!(finished.code, 2);
+    assert!(finished.stderr.contains("1048576"), "{}", finished.stderr);
     let finished = fulgurite(&["policy", "logits", "mistral", "--messages", "nowhere.json"]);
     assert_eq!(finished.code, 2);
     assert!(finished.stderr.contains("nowhere.json"), "{}", finished.stderr);

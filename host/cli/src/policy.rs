@@ -23,6 +23,8 @@ use crate::train;
 
 /// Live rollouts that are planned for where nothing is said.
 const ROLLOUTS: u64 = 32;
+/// Prompt and completion together that are looked at: the longest context that a model may have.
+const TOKENS_MAX: usize = 1 << 20;
 /// Likeliest next tokens that are shown to people.
 const CANDIDATES_SHOWN: usize = 5;
 
@@ -46,8 +48,21 @@ fn failure(error: PolicyError) -> Failure {
     }
 }
 
+/// Opens a folder and says on stderr what of it is not followed.
+fn open(directory: &Path) -> Result<ModelFolder, Failure> {
+    let folder = ModelFolder::open(directory).map_err(failure)?;
+    for warning in &folder.description().warnings {
+        warn(warning);
+    }
+    Ok(folder)
+}
+
+fn warn(text: &str) {
+    eprintln!("warning: {}", printable(text));
+}
+
 fn info(arguments: &InfoArguments) -> Result<(), Failure> {
-    let folder = ModelFolder::open(&arguments.directory).map_err(failure)?;
+    let folder = open(&arguments.directory)?;
     let shape = &folder.description().shape;
     if let Some(tokens) = arguments.context_tokens.filter(|tokens| *tokens > shape.context_tokens_max as u64) {
         let max = shape.context_tokens_max;
@@ -106,7 +121,7 @@ fn plan_options(arguments: &InfoArguments) -> Result<PlanOptions, Failure> {
 }
 
 fn lines(folder: &ModelFolder, plan: &MemoryPlan, available: Option<u64>) -> Vec<(&'static str, String)> {
-    let ModelDescription { architecture, shape, end_tokens } = folder.description();
+    let ModelDescription { architecture, shape, end_tokens, .. } = folder.description();
     let types: Vec<_> = folder.types().iter().map(|(kind, bytes)| format!("{kind} {}", HumanBytes(*bytes))).collect();
     let tied = if shape.tie_embeddings { ", output tied to the embedding" } else { "" };
     let mut parts = Vec::new();
@@ -215,23 +230,35 @@ fn conversation(path: &Path) -> Result<Conversation, Failure> {
 
 fn logits(arguments: &LogitsArguments) -> Result<(), Failure> {
     let conversation = conversation(&arguments.messages)?;
-    let folder = ModelFolder::open(&arguments.directory).map_err(failure)?;
+    let folder = open(&arguments.directory)?;
     let prompt = folder.encode(&folder.render(&conversation, true).map_err(failure)?).map_err(failure)?;
     let context = folder.description().shape.context_tokens_max;
     let (tokens, greedy) = (prompt.len(), arguments.greedy);
     if tokens == 0 {
         return Err(Failure::usage(anyhow!("{}: the prompt has no tokens", arguments.messages.display())));
     }
-    if tokens.saturating_add(greedy) > context {
-        let problem = anyhow!("the prompt has {tokens} tokens and `--greedy` is {greedy}: the context holds {context}");
+    let all = tokens.saturating_add(greedy);
+    if all > TOKENS_MAX {
+        let problem =
+            anyhow!("the prompt has {tokens} tokens and `--greedy` is {greedy}: at most {TOKENS_MAX} together");
         return Err(Failure::usage(problem));
     }
+    // The last token is not read by the model and needs no position.
+    if all - greedy.min(1) > context {
+        let much = format!("the prompt has {tokens} tokens and `--greedy` is {greedy}");
+        warn(&format!("{much}: the model was made for {context}; what it says beyond them is worth little"));
+    }
     let config = PolicyConfig { threads: arguments.threads, ..PolicyConfig::default() };
-    let mut model = folder.inference(&config).map_err(failure)?;
+    let mut model = folder.inference_of(&config, all).map_err(failure)?;
     if let Some(adapter) = &arguments.adapter {
         model = model.with_adapter(&fulgurite_trainer::trained_weights(adapter)?).map_err(failure)?;
     }
     let last = model.logits(&prompt, tokens - 1).map_err(failure)?;
+    if !last.iter().all(|logit| logit.is_finite()) {
+        let unknown = || anyhow!("the logits are not numbers, though every weight is one: its values are too large");
+        let found = folder.first_not_finite().map_err(failure)?;
+        return Err(found.map_or_else(|| Failure::usage(unknown()), failure));
+    }
     let mut answer = json!({"prompt_ids": prompt, "last_logits": last});
     if greedy > 0 {
         let continuation = model.greedy(&prompt, greedy, &[]).map_err(failure)?;

@@ -83,6 +83,7 @@ fn shape(index: usize) -> ModelShape {
         attention_out_bias,
         qk_norm,
         rope_scaling,
+        rope_f32: false,
         sliding_window: windowed.then(|| draw.from(1..40)),
     };
     shape.check().unwrap();

@@ -162,6 +162,10 @@ struct ConfigFile {
     torch_dtype: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     rope_scaling: Option<RopeScaling>,
+    /// Ours alone, other programs always round: `ModelShape::rope_f32`. Absent in a checkpoint of a preset, as it always was;
+    /// a folder says it, because there absent means transformers' way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    rope_f32: Option<bool>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     sliding_window: Option<usize>,
     /// Qwen's switch for the window, and the first layer that has it.
@@ -215,6 +219,7 @@ impl ConfigFile {
             eos_token_id: Ends::new(end_tokens),
             torch_dtype: torch_dtype.to_owned(),
             rope_scaling: (shape.rope_scaling != RopeScaling::None).then_some(shape.rope_scaling),
+            rope_f32: shape.rope_f32.then_some(true),
             sliding_window: shape.sliding_window,
             use_sliding_window: windowed_qwen.map(|_| true),
             max_window_layers: windowed_qwen.map(|_| 0),
@@ -247,6 +252,7 @@ impl ConfigFile {
             attention_out_bias: self.attention_bias && architecture != Architecture::Qwen2,
             qk_norm: architecture == Architecture::Qwen3,
             rope_scaling: self.rope_scaling.unwrap_or_default(),
+            rope_f32: self.rope_f32.unwrap_or(false),
             sliding_window: self.sliding_window,
         };
         match shape.check().and_then(|()| shape.architecture()) {
@@ -257,9 +263,10 @@ impl ConfigFile {
     }
 }
 
-/// Writes a model's `config.json`.
+/// Writes a model's `config.json`, for a folder.
 pub(crate) fn write_config(dir: &Path, shape: &ModelShape, ends: &[u32], dtype: &str) -> Result<(), PolicyError> {
-    write_json(&dir.join(CONFIG), &ConfigFile::new(shape, ends, dtype)?)
+    let config = ConfigFile { rope_f32: (!shape.rope_f32).then_some(false), ..ConfigFile::new(shape, ends, dtype)? };
+    write_json(&dir.join(CONFIG), &config)
 }
 
 /// Writes a file and synchronises it with the disk.

@@ -205,6 +205,7 @@ impl PolicyConfig {
             attention_out_bias: false,
             qk_norm: false,
             rope_scaling: RopeScaling::None,
+            rope_f32: false,
             sliding_window: None,
         };
         if !(self.initial_std.is_finite() && self.initial_std > 0.0) {

@@ -10,6 +10,8 @@ mod config;
 pub(crate) mod dialect;
 mod export;
 mod guard;
+mod jinja;
+mod methods;
 mod own;
 mod plan;
 mod python;
@@ -28,6 +30,8 @@ use crate::config::{PolicyConfig, invalid};
 use crate::engine::PolicyEngine;
 use crate::error::PolicyError;
 use crate::inference::Inference;
+use crate::parameters;
+use crate::shape::ModelShape;
 use crate::tokenizer::PolicyTokenizer;
 
 use self::chat::FolderTemplate;
@@ -93,10 +97,18 @@ impl Conversation {
         if messages.is_empty() {
             return Err("`messages` is empty: give it at least one".to_owned());
         }
-        if let Some(at) = messages.iter().position(|message| !chat::field(message, "role").is_string()) {
-            return Err(format!("`messages[{at}]` has no `role`: give it system, user, assistant or tool"));
+        for (at, message) in messages.iter().enumerate() {
+            let fix = "give it system, user, assistant or tool";
+            match chat::field(message, "role") {
+                Value::String(_) => {}
+                Value::Null => return Err(format!("`messages[{at}]` has no `role`: {fix}")),
+                role => return Err(format!("`messages[{at}].role` is {role}: {fix}")),
+            }
         }
         let tools = fields.get("tools").filter(|tools| !tools.is_null());
+        if tools.is_none() && fields.contains_key("tool") {
+            return Err("it has `tool`: name it `tools`, a list of objects".to_owned());
+        }
         Ok(Self { messages, tools: tools.map(|tools| list(tools, "tools")).transpose()? })
     }
 }
@@ -115,8 +127,14 @@ impl ModelFolder {
             let reason = "it has no config.json: name the folder that `save_pretrained` has written";
             return Err(PolicyError::model_file(path, reason));
         }
-        let description = ModelDescription::read(path)?;
+        let mut description = ModelDescription::read(path)?;
         let weights = Weights::open(path)?;
+        // As transformers: a head that is there and says something else is not tied, whatever config.json says.
+        if description.shape.tie_embeddings && weights.has_own_head(&description.shape)? {
+            description.shape.tie_embeddings = false;
+            let reason = "`tie_word_embeddings` is true and `lm_head.weight` is not the embedding: they are not tied";
+            description.warnings.push(format!("{}: {reason}", path.join("config.json").display()));
+        }
         weights.check(&description.shape)?;
         let tokenizer = FolderTokenizer::read(path)?;
         let (ids, rows) = (tokenizer.vocabulary(), description.shape.vocabulary);
@@ -169,8 +187,32 @@ impl ModelFolder {
     /// # Errors
     /// When a file has become unreadable, a limit does not fit, or a thread cannot be started.
     pub fn inference(&self, config: &PolicyConfig) -> Result<Inference, PolicyError> {
+        self.inference_of(config, self.description.shape.context_tokens_max)
+    }
+
+    /// The same for that many tokens, prompt and completion together, where the model's context is shorter: positions go on,
+    /// as in transformers, and the model has not been trained on them.
+    ///
+    /// # Errors
+    /// As of [`inference`](Self::inference), and when there are more tokens than any context may have.
+    pub fn inference_of(&self, config: &PolicyConfig, tokens: usize) -> Result<Inference, PolicyError> {
         let shape = &self.description.shape;
-        Inference::from_tensors(config, shape, &self.weights.sizes(), |name| self.weights.read(name))
+        let shape = ModelShape { context_tokens_max: tokens.max(shape.context_tokens_max), ..shape.clone() };
+        Inference::from_tensors(config, &shape, &self.weights.sizes(), |name| self.weights.read(name))
+    }
+
+    /// The first tensor with a value that is no finite number; reads all of them.
+    ///
+    /// # Errors
+    /// When a file has become unreadable.
+    pub fn first_not_finite(&self) -> Result<Option<PolicyError>, PolicyError> {
+        for spec in parameters::specs(&self.description.shape) {
+            if self.weights.read(&spec.name)?.iter().any(|value| !value.is_finite()) {
+                let reason = format!("`{}` has values that are no numbers: train or copy it again", spec.name);
+                return Ok(Some(PolicyError::model_file(self.weights.file_of(&spec.name), reason)));
+            }
+        }
+        Ok(None)
     }
 
     /// A policy that starts from these weights and speaks this folder's dialect. Of `config` the device and the limits count, and
@@ -203,7 +245,20 @@ impl ModelFolder {
             let reason = "it has no chat template: put one into chat_template.jinja";
             return Err(PolicyError::model_file(&self.path, reason));
         };
-        template.render(&conversation.messages, conversation.tools.as_deref(), add_generation_prompt, &Zoned::now())
+        let tools = conversation.tools.as_deref();
+        let rendered = template.render(&conversation.messages, tools, add_generation_prompt, &Zoned::now());
+        let rendered = rendered.map_err(|error| match error {
+            PolicyError::Template(text) => {
+                let file = template.file(tools.is_some()).display();
+                PolicyError::Template(format!("{text}; it is that of {file}: mend it, or change the conversation"))
+            }
+            other => other,
+        })?;
+        if rendered.is_empty() {
+            let reason = "the chat template writes nothing for this conversation: mend it";
+            return Err(PolicyError::model_file(template.file(tools.is_some()), reason));
+        }
+        Ok(rendered)
     }
 
     /// Token ids of a rendered conversation. Whatever spells an added token becomes it, wherever in the text it stands, as in

@@ -89,7 +89,6 @@ impl ConfigFile {
             ("peft_type", self.peft_type != "LORA"),
             ("bias", self.bias != Bias::None),
             ("fan_in_fan_out", self.fan_in_fan_out),
-            ("use_rslora", self.use_rslora),
             ("use_dora", self.use_dora),
             ("modules_to_save", self.modules_to_save.as_ref().is_some_and(|modules| !modules.is_empty())),
             ("rank_pattern", is_set(&self.rank_pattern)),
@@ -107,7 +106,9 @@ impl ConfigFile {
             })
         };
         let targets = self.target_modules.iter().map(target).collect::<Result<_, _>>()?;
-        let config = LoraConfig { rank: self.r, alpha: self.lora_alpha, targets, ..LoraConfig::default() };
+        // rsLoRA divides by the root of the rank (Kalajdzievski 2023): the same as another alpha.
+        let alpha = self.lora_alpha * if self.use_rslora { (self.r as f64).sqrt() } else { 1.0 };
+        let config = LoraConfig { rank: self.r, alpha, targets, ..LoraConfig::default() };
         config.check().map_err(|error| error.to_string())?;
         Ok(AdapterLayout::new(&config))
     }
@@ -145,6 +146,11 @@ pub(crate) fn save_config(dir: &Path, layout: &AdapterLayout, base: Option<&str>
 /// When its settings cannot be read or ask for more than plain LoRA.
 pub(crate) fn read_layout(dir: &Path) -> Result<AdapterLayout, PolicyError> {
     let path = dir.join(CONFIG);
+    if !path.is_file() {
+        let reason =
+            format!("it is missing: an adapter's folder holds it and {MODEL}, as PEFT and `policy export` write them");
+        return Err(PolicyError::model_file(&path, reason));
+    }
     read_json::<ConfigFile>(&path)?.layout().map_err(|reason| PolicyError::model_file(&path, reason))
 }
 
@@ -231,9 +237,13 @@ mod tests {
         assert!(error.contains("adapter_model.safetensors") && error.contains("layers.2.self_attn"), "{error}");
 
         let path = dir.path().join(CONFIG);
+        let plain = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, plain.replace(r#""use_rslora": false"#, r#""use_rslora": true"#)).unwrap();
+        // 6 over the root of 4, where plain LoRA has 6 over 4.
+        assert_eq!(read_layout(dir.path()).unwrap(), AdapterLayout { alpha: 12.0, ..layout.clone() });
+        std::fs::write(&path, plain).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
         for (change, field) in [
-            (r#""use_rslora": true"#, "use_rslora"),
             (r#""use_dora": true"#, "use_dora"),
             (r#""bias": "all""#, "bias"),
             (r#""rank_pattern": {"q_proj": 2}"#, "rank_pattern"),

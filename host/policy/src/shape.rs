@@ -53,6 +53,28 @@ impl RopeScaling {
         }
     }
 
+    /// The same in f32 and in transformers' order of operations, so that the bits are those of torch.
+    #[expect(clippy::cast_possible_truncation, reason = "torch rounds its scalars to the tensor's type")]
+    pub(crate) fn scale_f32(&self, frequency: f32) -> f32 {
+        match *self {
+            Self::None => frequency,
+            Self::Linear { factor } => frequency / factor as f32,
+            Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+                let original = original_context as f64;
+                let wavelength = std::f64::consts::TAU as f32 / frequency;
+                if wavelength > (original / low_freq_factor) as f32 {
+                    frequency / factor as f32
+                } else if wavelength < (original / high_freq_factor) as f32 {
+                    frequency
+                } else {
+                    let range = (high_freq_factor - low_freq_factor) as f32;
+                    let smooth = (original as f32 / wavelength - low_freq_factor as f32) / range;
+                    (1.0 - smooth) * frequency / factor as f32 + smooth * frequency
+                }
+            }
+        }
+    }
+
     fn check(&self) -> Result<(), PolicyError> {
         let at_least = |field, value: f64, least: f64| {
             let fits = value.is_finite() && value >= least;
@@ -154,6 +176,10 @@ pub struct ModelShape {
     /// How the rotary embedding's frequencies are stretched.
     #[serde(default)]
     pub rope_scaling: RopeScaling,
+    /// Whether frequencies and angles of the rotary embedding are rounded to f32, as transformers computes them. A model of
+    /// a Hugging Face folder was trained with those and is compared with them; this crate's own presets keep f64.
+    #[serde(default)]
+    pub rope_f32: bool,
     /// Tokens that a token attends to, itself included; `None` for all before it. In every layer.
     #[serde(default)]
     pub sliding_window: Option<usize>,

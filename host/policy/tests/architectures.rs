@@ -44,6 +44,7 @@ fn shapes() -> Vec<ModelShape> {
             high_freq_factor: 4.0,
             original_context: 64,
         },
+        rope_f32: false,
         sliding_window: None,
     };
     let plain = ModelShape { rope_scaling: RopeScaling::None, ..llama.clone() };

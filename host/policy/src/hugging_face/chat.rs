@@ -1,27 +1,24 @@
 //! Chat templates of Hugging Face folders, rendered as transformers renders them.
 //!
-//! The environment is that of `apply_chat_template`: `trim_blocks`, `lstrip_blocks`, lenient undefined values, Python's
-//! methods of texts, lists and objects, loop controls, `raise_exception`, `strftime_now`, its own `tojson`, and the block
-//! `generation`, which here only renders what it holds. Templates come from strangers: they see what is given to them and
-//! nothing else, and run on limited fuel.
+//! The environment (`jinja.rs`) is that of `apply_chat_template`: `trim_blocks`, `lstrip_blocks`, lenient undefined values,
+//! Python's methods of texts, lists and objects, loop controls, `raise_exception`, `strftime_now`, its own `tojson`, and the
+//! block `generation`, which here only renders what it holds. Templates come from strangers: they see what is given to them
+//! and nothing else, and run on limited fuel.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 use fulgurite_core::llm::{Message, ToolSpec};
 use jiff::Zoned;
-use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
-use minijinja::{Environment, ErrorKind, UndefinedBehavior, Value as Jinja};
+use minijinja::{ErrorKind, Value as Jinja};
 use regex::Regex;
 use serde_json::{Map, Value, json};
 
-use super::python;
+use super::jinja::{RENDERED_BYTES_MAX, environment};
 use crate::error::PolicyError;
-
-/// Instructions that one rendering may take: thousands of messages, or a second of a loop without end.
-const FUEL: u64 = 20_000_000;
 
 /// Where a folder's template may be, besides `tokenizer_config.json`.
 const TEMPLATE_FILE: &str = "chat_template.jinja";
@@ -40,13 +37,27 @@ pub(crate) struct FolderTemplate {
     default: String,
     /// Used instead when tools are given, where there is one.
     with_tools: Option<String>,
+    /// Where the default template stands, and the one with tools.
+    files: [PathBuf; 2],
     /// `bos_token` and its like.
     special: BTreeMap<&'static str, String>,
 }
 
 fn failed(error: &minijinja::Error) -> PolicyError {
-    // The innermost cause says what went wrong: a template's own refusal, or the line.
-    PolicyError::Template(format!("{error:#}"))
+    // What a template itself says stands alone, and first.
+    let words = match (error.kind(), error.detail()) {
+        (ErrorKind::InvalidOperation, Some(words)) => words.to_owned(),
+        (kind, Some(detail)) => format!("{kind}: {detail}"),
+        (kind, None) => kind.to_string(),
+    };
+    let cause = std::error::Error::source(error).map_or_else(String::new, |cause| format!(": {cause}"));
+    let line = error.line().map_or_else(String::new, |line| format!(" (line {line} of the template)"));
+    PolicyError::Template(format!("{words}{cause}{line}"))
+}
+
+/// Jinja turns every line end of a template into `\n` before it reads it.
+fn normalised_lines(source: &str) -> String {
+    source.replace("\r\n", "\n").replace('\r', "\n")
 }
 
 /// `{% generation %}` marks what the model writes, for masks; it has a scope of its own, as `with` has.
@@ -58,25 +69,6 @@ fn without_generation(source: &str) -> String {
         format!("{}{}with{}", part(1), part(2), part(3))
     };
     BLOCK.as_ref().map_or_else(|| source.to_owned(), |block| block.replace_all(source, with).into_owned())
-}
-
-fn environment(now: Zoned) -> Environment<'static> {
-    let mut environment = Environment::new();
-    if let Ok(syntax) = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build() {
-        environment.set_syntax(syntax);
-    }
-    environment.set_undefined_behavior(UndefinedBehavior::Lenient);
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-    environment.set_fuel(Some(FUEL));
-    environment.add_filter("tojson", python::tojson);
-    environment.add_function("raise_exception", |reason: String| -> Result<String, minijinja::Error> {
-        Err(minijinja::Error::new(ErrorKind::InvalidOperation, reason))
-    });
-    environment.add_function("strftime_now", move |format: String| {
-        let written = jiff::fmt::strtime::format(&format, &now);
-        written.map_err(|error| minijinja::Error::new(ErrorKind::InvalidOperation, error.to_string()))
-    });
-    environment
 }
 
 /// A message in the form that templates expect. Arguments of tool calls are objects there, not text.
@@ -113,6 +105,12 @@ fn parsed(text: &str, what: &str, name: &str) -> Result<Value, PolicyError> {
     serde_json::from_str(text).map_err(|error| PolicyError::Template(format!("{what} `{name}`: {error}")))
 }
 
+/// A named token that a class of tokenizers has where no file says so.
+fn default_token(class: &Value, name: &str) -> Option<&'static str> {
+    let is_gpt2 = matches!(class.as_str(), Some("GPT2Tokenizer" | "GPT2TokenizerFast"));
+    (is_gpt2 && matches!(name, "bos_token" | "eos_token" | "unk_token")).then_some("<|endoftext|>")
+}
+
 /// What transformers does to a message before the template sees it: fields that are null are dropped, and reasoning is
 /// found under each of its names.
 fn normalised(message: &Value) -> Value {
@@ -141,12 +139,12 @@ impl FolderTemplate {
         let config = if config_path.is_file() { read_json(&config_path)? } else { Value::Null };
         let mut sources = BTreeMap::new();
         let mut path = config_path;
+        let tools_path = dir.join(TEMPLATE_FOLDER).join("tool_use.jinja");
         if dir.join(TEMPLATE_FILE).is_file() {
             path = dir.join(TEMPLATE_FILE);
             sources.insert("default".to_owned(), std::fs::read_to_string(&path).map_err(PolicyError::io(&path))?);
-            let tools = dir.join(TEMPLATE_FOLDER).join("tool_use.jinja");
-            if tools.is_file() {
-                let source = std::fs::read_to_string(&tools).map_err(PolicyError::io(&tools))?;
+            if tools_path.is_file() {
+                let source = std::fs::read_to_string(&tools_path).map_err(PolicyError::io(&tools_path))?;
                 sources.insert("tool_use".to_owned(), source);
             }
         } else if dir.join(TEMPLATE_JSON).is_file() {
@@ -164,18 +162,23 @@ impl FolderTemplate {
         }
         let token = |name: &'static str| {
             let text = |value: &Value| value.as_str().or_else(|| field(value, "content").as_str()).map(str::to_owned);
-            Some((name, text(field(&config, name)).or_else(|| text(field(&legacy, name)))?))
+            let given = text(field(&config, name)).or_else(|| text(field(&legacy, name)));
+            let is_said = [&config, &legacy].iter().any(|file| file.get(name).is_some());
+            let own = if is_said { None } else { default_token(field(&config, "tokenizer_class"), name) };
+            Some((name, given.or_else(|| own.map(str::to_owned))?))
         };
         let special = SPECIAL_TOKENS.into_iter().filter_map(token).collect();
         let template = Self {
-            default: without_generation(&default),
-            with_tools: with_tools.as_deref().map(without_generation),
+            default: without_generation(&normalised_lines(&default)),
+            with_tools: with_tools.map(|source| without_generation(&normalised_lines(&source))),
+            files: [path.clone(), if path.ends_with(TEMPLATE_FILE) { tools_path } else { path }],
             special,
         };
         let environment = environment(Zoned::default());
-        for source in std::iter::once(&template.default).chain(&template.with_tools) {
+        let sources = std::iter::once(&template.default).chain(&template.with_tools);
+        for (source, path) in sources.zip(&template.files) {
             let checked = environment.template_from_str(source);
-            checked.map_err(|error| PolicyError::model_file(&path, format!("chat template: {error:#}")))?;
+            checked.map_err(|error| PolicyError::model_file(path, failed(&error).to_string()))?;
         }
         Ok(Some(template))
     }
@@ -183,6 +186,12 @@ impl FolderTemplate {
     /// What it says of tools: the template that is used when there are some.
     pub(crate) fn source(&self) -> &str {
         self.with_tools.as_deref().unwrap_or(&self.default)
+    }
+
+    /// The file of the template that is used with tools, or without.
+    pub(crate) fn file(&self, tools: bool) -> &Path {
+        let [default, with_tools] = &self.files;
+        if tools && self.with_tools.is_some() { with_tools } else { default }
     }
 
     /// The text of a conversation.
@@ -211,7 +220,29 @@ impl FolderTemplate {
             ("add_generation_prompt", add_generation_prompt.into()),
         ]);
         variables.extend(self.special.iter().map(|(name, token)| (*name, Jinja::from(token.as_str()))));
-        environment(now.clone()).render_str(source, Jinja::from_pairs(variables)).map_err(|error| failed(&error))
+        let environment = environment(now.clone());
+        let template = environment.template_from_str(source).map_err(|error| failed(&error))?;
+        let mut text = Bounded(Vec::new());
+        template.render_captured_to(Jinja::from_pairs(variables), &mut text).map_err(|error| failed(&error))?;
+        String::from_utf8(text.0).map_err(|error| PolicyError::Internal(error.to_string()))
+    }
+}
+
+/// A rendered text that may not grow without end.
+struct Bounded(Vec<u8>);
+
+impl Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if self.0.len() + bytes.len() > RENDERED_BYTES_MAX {
+            let reason = format!("the conversation becomes more than {RENDERED_BYTES_MAX} bytes of text");
+            return Err(std::io::Error::other(reason));
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
     }
 }
 
@@ -276,6 +307,107 @@ mod tests {
     }
 
     #[test]
+    fn tests_and_filters_say_what_python_says() {
+        for (template, written) in [
+            (
+                "{{ none is iterable }} {{ 'a' is iterable }} {{ nothing is iterable }} {{ 1 is iterable }}",
+                "False True True False",
+            ),
+            ("{{ tools is iterable and tools | length > 0 }}", "False"),
+            (
+                "{{ 'a' is sequence }} {{ {} is sequence }} {{ [] is sequence }} {{ none is sequence }}",
+                "True True True False",
+            ),
+            ("{{ nothing | length }} {{ nothing | count }} {{ [1] | length }}", "0 0 1"),
+            ("{{ raise_exception is callable }} {{ 1 is callable }}", "True False"),
+            (
+                "{{ 1e20 }} {{ 1e-7 }} {{ [1e16, {'a': 1e-5}] }} {{ (1e16,) }} {{ 1e-7 | string }} {{ 0.5 }}",
+                "1e+20 1e-07 [1e+16, {'a': 1e-05}] (1e+16,) 1e-07 0.5",
+            ),
+            ("{{ 'x' | int }} {{ '3.7' | int }} {{ 'x' | int(5) }} {{ 'ff' | int(base=16) }}", "0 3 5 255"),
+            ("{{ {'b': 1, 'a': 2} | dictsort(false, 'value') }}", "[('b', 1), ('a', 2)]"),
+            ("{{ {'a': 1} | tojson(false, 2) }}|{{ 'é' | tojson(true) }}", "{\n  \"a\": 1\n}|\"\\u00e9\""),
+            ("{{ 'aaa' | replace('a', 'b', 2) }} {{ 'aaa'.replace('a', 'b', 1) }}", "bba baa"),
+            (
+                "{{ 'a b_c, d' | wordcount }} {{ 'abc def ghi jkl' | truncate(9) }} {{ 'abc' | center(9) }}|",
+                "3 abc...    abc   |",
+            ),
+            ("{{ 'a\nb' | indent(2, true) }} {{ '%5s|%-3d' | format('a', 3) }}", "  a\n  b     a|3  "),
+            (
+                "{{ [1, 2, 3] | batch(2, 0) | list }} {{ [1, 2, 3] | slice(2) | list }}",
+                "[[1, 2], [3, 0]] [[1, 2], [3]]",
+            ),
+        ] {
+            assert_eq!(render(template), written, "{template}");
+        }
+    }
+
+    #[test]
+    fn methods_are_those_of_python() {
+        for (template, written) in [
+            (
+                "{{ 'a-b-c'.rsplit('-', 1) }} {{ 'a-b-c'.rsplit('-', maxsplit=1) }} {{ ' a b  c '.rsplit(none, 1) }}",
+                "['a-b', 'c'] ['a-b', 'c'] [' a b', 'c']",
+            ),
+            (
+                "{{ 'a.b.c'.split('.', maxsplit=1) }} {{ 'a b'.split() }} {{ 'a,b'.rsplit(',') }}",
+                "['a', 'b.c'] ['a', 'b'] ['a', 'b']",
+            ),
+            ("{{ 'a,b,c'.partition(',') }} {{ 'a,b,c'.rpartition(',') }}", "('a', ',', 'b,c') ('a,b', ',', 'c')"),
+            ("{{ 'a'.partition(',') }} {{ 'a'.rpartition(',') }}", "('a', '', '') ('', '', 'a')"),
+            ("{{ 'abc'.removeprefix('a') }} {{ 'abc'.removesuffix('c') }} {{ 'éc'.index('c') }}", "bc ab 1"),
+            ("{{ \"it's a b2c\".title() }} {{ \"it's a b2c\" | title }}", "It'S A B2C It's A B2c"),
+            ("{{ 'aBc'.swapcase() }} {{ '-5'.zfill(4) }} {{ 'abc'.zfill(5) }}", "AbC -005 00abc"),
+            (
+                "{{ 'a'.ljust(3) }}|{{ 'a'.rjust(3, '*') }}|{{ 'abc'.center(6) }}|{{ 'ab'.center(5, '.') }}",
+                "a  |**a| abc  |..ab.",
+            ),
+            ("{{ {'a': 1}.copy() }} {{ [1, 2].copy() }} {{ [3, 1].index(1) }}", "{'a': 1} [1, 2] 1"),
+        ] {
+            assert_eq!(render(template), written, "{template}");
+        }
+        for wrong in ["{{ 'a'.index('b') }}", "{{ [1].index(2) }}", "{{ 'a'.center(3, 'xy') }}", "{{ 'a'.split('') }}"]
+        {
+            assert!(try_render(wrong, &json!([])).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn lines_end_as_in_jinja() {
+        assert_eq!(render("a\r\n{% if true %}\r\nb\r\n{% endif %}\r\nc\r\n"), "a\nb\nc");
+        assert_eq!(render("a\rb{% if true %}\r{% endif %}"), "a\nb");
+        let config = json!({"chat_template": "a\r\n{% if true %}\r\nb{% endif %}"});
+        let template = read(&config, &[]).unwrap().unwrap();
+        assert_eq!(template.render(&[], None, false, &Zoned::default()).unwrap(), "a\nb");
+    }
+
+    #[test]
+    fn numbers_do_not_take_the_memory() {
+        for huge in [
+            "{{ '%099999999999d' | format(5) }}",
+            "{{ '%*d' | format(99999999999, 5) }}",
+            "{{ '{:>99999999999}'.format('x') }}",
+            "{{ '{:>{}}'.format('x', 99999999999) }}",
+            "{{ '{:>{w}}'.format('x', w=99999999999) }}",
+            "{{ 'a\nb' | indent(99999999999) }}",
+            "{{ 'a\nb' | indent(width=99999999999) }}",
+            "{{ [1] | batch(99999999999, 0) }}",
+            "{{ [1] | slice(99999999999) }}",
+            "{{ 'a'.center(99999999999) }}",
+            "{{ 'a' | center(99999999999) }}",
+            "{{ 'a'.zfill(99999999999) }}",
+            "{% set a = 'x' * 90000 %}{{ a | replace('x', a) }}",
+            "{% set a = 'x' * 90000 %}{{ a.replace('x', a) }}",
+        ] {
+            let error = try_render(huge, &json!([])).unwrap_err().to_string();
+            assert!(error.contains("at most"), "{huge}: {error}");
+        }
+        let long = "{% set a = 'x' * 90000 %}{% for i in range(9999) %}{{ a }}{% endfor %}";
+        let error = try_render(long, &json!([])).unwrap_err().to_string();
+        assert!(error.contains("16777216"), "{error}");
+    }
+
+    #[test]
     fn refusals_and_endless_loops_end_with_an_error() {
         let error = try_render("{{ raise_exception('no tools, please') }}", &json!([])).unwrap_err().to_string();
         assert!(error.contains("no tools, please"), "{error}");
@@ -300,6 +432,19 @@ mod tests {
             let render = |tools| template.render(&[], tools, false, &Zoned::default()).unwrap();
             assert_eq!((render(None).as_str(), render(Some(&[])).as_str()), ("d", "t"));
         }
+    }
+
+    #[test]
+    fn gpt2_has_tokens_of_its_own() {
+        let tokens = |mut config: Value| {
+            config["chat_template"] = "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}".into();
+            let template = read(&config, &[]).unwrap().unwrap();
+            template.render(&[], None, false, &Zoned::default()).unwrap()
+        };
+        let class = "GPT2Tokenizer";
+        assert_eq!(tokens(json!({"tokenizer_class": class})), "<|endoftext|>|<|endoftext|>|");
+        assert_eq!(tokens(json!({"tokenizer_class": class, "bos_token": "<s>", "eos_token": null})), "<s>||");
+        assert_eq!(tokens(json!({"tokenizer_class": "Other"})), "||");
     }
 
     #[test]

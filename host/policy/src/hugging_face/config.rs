@@ -21,6 +21,9 @@ pub struct ModelDescription {
     pub shape: ModelShape,
     /// Ids that end a completion, ascending.
     pub end_tokens: Vec<u32>,
+    /// What the files say and is not followed, as transformers does not follow it. For people.
+    #[serde(skip)]
+    pub warnings: Vec<String>,
 }
 
 const ARCHITECTURES: [Architecture; 4] =
@@ -46,7 +49,7 @@ impl ModelDescription {
 pub(crate) fn end_tokens(dir: &Path) -> Result<Vec<u32>, PolicyError> {
     let read = |name: &str| {
         let path = dir.join(name);
-        if path.is_file() { Fields::read(path)?.ids("eos_token_id") } else { Ok(None) }
+        if path.is_file() { Fields::read(path)?.token_ids("eos_token_id") } else { Ok(None) }
     };
     let mut ids = match read("generation_config.json")? {
         Some(ids) => ids,
@@ -77,10 +80,6 @@ fn check(fields: &Fields, description: &ModelDescription) -> Result<(), PolicyEr
         }
         other => other,
     })?;
-    if let Some(id) = description.end_tokens.iter().find(|id| **id as usize >= shape.vocabulary) {
-        let vocabulary = shape.vocabulary;
-        return Err(fields.wrong(format!("`eos_token_id` {id} is not below `vocab_size` ({vocabulary})")));
-    }
     Ok(())
 }
 
@@ -165,12 +164,16 @@ impl Fields {
     }
 
     /// One id or a list of them.
-    fn ids(&self, field: &str) -> Result<Option<Vec<u32>>, PolicyError> {
-        let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+    fn ids<T>(&self, field: &str, id: impl Fn(&Value) -> Option<T>) -> Result<Option<Vec<T>>, PolicyError> {
         self.typed(field, "a token id or a list of them", |value| match value.as_array() {
-            Some(list) => list.iter().map(id).collect(),
+            Some(list) => list.iter().map(&id).collect(),
             None => Some(vec![id(value)?]),
         })
+    }
+
+    /// Ids that a token can have.
+    fn token_ids(&self, field: &str) -> Result<Option<Vec<u32>>, PolicyError> {
+        self.ids(field, |value| value.as_u64().and_then(|id| u32::try_from(id).ok()))
     }
 }
 
@@ -233,7 +236,11 @@ fn rope(fields: &Fields, context_tokens_max: usize) -> Result<(f64, RopeScaling)
             factor: rope.required_number("factor")?,
             low_freq_factor: rope.required_number("low_freq_factor")?,
             high_freq_factor: rope.required_number("high_freq_factor")?,
-            original_context: rope.size("original_max_position_embeddings")?.unwrap_or(context_tokens_max),
+            // The outer one wins, as in transformers.
+            original_context: match fields.size("original_max_position_embeddings")? {
+                Some(outer) => outer,
+                None => rope.size("original_max_position_embeddings")?.unwrap_or(context_tokens_max),
+            },
         },
         other => {
             let supported = "supported are `default`, `linear` and `llama3`";
@@ -331,13 +338,8 @@ fn describe(fields: &Fields, generation: Option<&Fields>) -> Result<ModelDescrip
         (None, Architecture::Qwen2 | Architecture::Qwen3) => 32_768,
     };
     let (rope_theta, rope_scaling) = rope(fields, context_tokens_max)?;
-    let generation_ends = generation.map(|fields| fields.ids("eos_token_id")).transpose()?.flatten();
-    let mut end_tokens = match generation_ends {
-        Some(ids) => ids,
-        None => fields.ids("eos_token_id")?.unwrap_or_default(),
-    };
-    end_tokens.sort_unstable();
-    end_tokens.dedup();
+    let vocabulary = fields.required_size("vocab_size")?;
+    let (end_tokens, warnings) = usable_ends(fields, generation, vocabulary)?;
     let attention_bias =
         matches!(architecture, Architecture::Llama | Architecture::Qwen3) && fields.flag("attention_bias")?;
     if architecture == Architecture::Llama && fields.flag("mlp_bias")? {
@@ -350,7 +352,7 @@ fn describe(fields: &Fields, generation: Option<&Fields>) -> Result<ModelDescrip
         kv_heads,
         head_dim,
         d_ff: fields.required_size("intermediate_size")?,
-        vocabulary: fields.required_size("vocab_size")?,
+        vocabulary,
         context_tokens_max,
         rope_theta,
         rms_norm_epsilon: fields.number("rms_norm_eps")?.unwrap_or(1e-6),
@@ -359,9 +361,38 @@ fn describe(fields: &Fields, generation: Option<&Fields>) -> Result<ModelDescrip
         attention_out_bias: attention_bias,
         qk_norm: qwen3,
         rope_scaling,
+        // Folders that this program writes of its own presets say false.
+        rope_f32: fields.typed("rope_f32", "true or false", Value::as_bool)?.unwrap_or(true),
         sliding_window: sliding_window(fields, architecture, layers)?,
     };
-    Ok(ModelDescription { architecture, shape, end_tokens })
+    Ok(ModelDescription { architecture, shape, end_tokens, warnings })
+}
+
+/// The end tokens that the model can write, ascending, and a warning for each other: -1 and ids beyond the vocabulary say
+/// that there is none, and transformers loads them.
+fn usable_ends(
+    fields: &Fields,
+    generation: Option<&Fields>,
+    vocabulary: usize,
+) -> Result<(Vec<u32>, Vec<String>), PolicyError> {
+    let (mut ends, mut warnings) = (Vec::new(), Vec::new());
+    for file in generation.into_iter().chain([fields]) {
+        let Some(ids) = file.ids("eos_token_id", Value::as_i64)? else { continue };
+        for id in ids {
+            match u32::try_from(id) {
+                Ok(id) if (id as usize) < vocabulary => ends.push(id),
+                _ => {
+                    let path = file.path.display();
+                    let reason = format!("it is not one of the {vocabulary} ids and is left out");
+                    warnings.push(format!("{path}: `eos_token_id` {id}: {reason}"));
+                }
+            }
+        }
+        break;
+    }
+    ends.sort_unstable();
+    ends.dedup();
+    Ok((ends, warnings))
 }
 
 #[cfg(test)]
@@ -404,6 +435,9 @@ mod tests {
         let new = read(&json!({"rope_parameters": newer}), None).unwrap();
         assert_eq!((&old, &very_old), (&new, &new));
         assert!(matches!(new.shape.rope_scaling, RopeScaling::Llama3 { original_context: 32, .. }));
+        let outer = json!({"rope_theta": 5e5, "rope_scaling": oldest, "original_max_position_embeddings": 64});
+        let outer = read(&outer, None).unwrap().shape.rope_scaling;
+        assert!(matches!(outer, RopeScaling::Llama3 { original_context: 64, .. }));
         let plain = read(&json!({"rope_theta": 5e5, "rope_scaling": null}), None).unwrap();
         assert_eq!((plain.shape.rope_theta, plain.shape.rope_scaling), (5e5, RopeScaling::None));
     }
@@ -415,6 +449,12 @@ mod tests {
         assert_eq!(ends(Some(json!({"temperature": 0.6}))), [7]);
         assert_eq!(ends(Some(json!({"eos_token_id": [9, 3, 9]}))), [3, 9]);
         assert_eq!(ends(Some(json!({"eos_token_id": 8}))), [8]);
+        let beyond = read(&json!({}), Some(&json!({"eos_token_id": [-1, 320, 3]}))).unwrap();
+        assert_eq!((beyond.end_tokens, beyond.warnings.len()), (vec![3], 2));
+        assert!(beyond.warnings[0].contains("generation_config.json: `eos_token_id` -1"), "{:?}", beyond.warnings);
+        assert!(
+            read(&json!({"eos_token_id": 320}), None).unwrap().warnings[0].contains("config.json: `eos_token_id` 320")
+        );
     }
 
     #[test]
@@ -483,7 +523,7 @@ mod tests {
             (json!({"head_dim": 15}), ["`head_dim` is 15", "even"]),
             (json!({"mlp_bias": true}), ["`mlp_bias`", "without biases"]),
             (json!({"vocab_size": 0, "eos_token_id": null}), ["`vocab_size` is 0", "use 1 to"]),
-            (json!({"eos_token_id": [1, 320]}), ["320", "vocab_size"]),
+            (json!({"eos_token_id": [1, "a"]}), ["`eos_token_id`", "token id"]),
             (json!({"rms_norm_eps": 0}), ["rms_norm_eps", "above 0"]),
             (json!({"num_hidden_layers": 1_u64 << 60}), ["num_hidden_layers", "1024"]),
             (json!({"rope_scaling": {"rope_type": "linear"}}), ["rope_scaling.factor", "number"]),

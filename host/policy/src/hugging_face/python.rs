@@ -1,36 +1,33 @@
 //! Values as Python's `json.dumps` writes them. Chat templates were written for Python, and a model was trained on what
 //! came out.
 //!
-//! What a template prints without `tojson` is minijinja's, which is Python's too but for floats below 1e-4 and from 1e16 on.
+//! What a template prints without `tojson` is minijinja's, which is Python's too but for floats below 1e-4 and from 1e16 on:
+//! those are written here, where they are printed or made a text by `string`. Joined by `~` they stay minijinja's, and so do
+//! integers beyond 64 bits, which come as floats.
 
 use std::fmt::Write;
 
-use minijinja::value::{Kwargs, ValueKind};
+use minijinja::value::{Rest, ValueKind, ValueOrKwargs};
 use minijinja::{Error, ErrorKind, Value};
 
+use super::jinja::named;
+
 /// `json.dumps` as transformers calls it in the filter `tojson`: nothing is escaped for HTML, text stays Unicode.
-#[expect(clippy::needless_pass_by_value, reason = "filters are called with their options by value")]
-pub(crate) fn tojson(value: &Value, options: Kwargs) -> Result<Value, Error> {
-    let indent: Option<Value> = options.get("indent")?;
-    let indent = match indent.filter(|indent| !indent.is_none()) {
+pub(crate) fn tojson(value: &Value, options: Rest<ValueOrKwargs>) -> Result<Value, Error> {
+    let options = named(&["ensure_ascii", "indent", "separators", "sort_keys"], options)?;
+    let option = |name| options.get::<Option<Value>>(name);
+    let is_set = |name| Ok::<_, Error>(option(name)?.is_some_and(|value| value.is_true()));
+    let indent = match option("indent")?.filter(|indent| !indent.is_none()) {
         None => None,
         Some(text) if text.as_str().is_some() => text.as_str().map(str::to_owned),
         Some(count) => Some(" ".repeat(usize::try_from(count)?.min(64))),
     };
-    let separators: Option<Value> = options.get("separators")?;
-    let (item, key) = match separators.filter(|separators| !separators.is_none()) {
+    let (item, key) = match option("separators")?.filter(|separators| !separators.is_none()) {
         Some(pair) => (pair.get_item_by_index(0)?.to_string(), pair.get_item_by_index(1)?.to_string()),
         // Python leaves the space out where a line ends.
         None => (if indent.is_some() { "," } else { ", " }.to_owned(), ": ".to_owned()),
     };
-    let writer = Writer {
-        indent,
-        item,
-        key,
-        sort_keys: options.get::<Option<bool>>("sort_keys")?.unwrap_or(false),
-        ascii: options.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false),
-    };
-    options.assert_all_used()?;
+    let writer = Writer { indent, item, key, sort_keys: is_set("sort_keys")?, ascii: is_set("ensure_ascii")? };
     let mut out = String::new();
     writer.value(value, 0, &mut out)?;
     Ok(Value::from(out))
@@ -143,6 +140,72 @@ impl Writer {
 
 fn number(value: &Value) -> Result<String, Error> {
     if value.is_integer() { Ok(value.to_string()) } else { f64::try_from(value.clone()).map(float) }
+}
+
+/// Lists in lists that are looked into; more cannot come from JSON.
+const DEPTH_MAX: usize = 128;
+
+/// What `str` makes of a value where minijinja writes something else: a float that Python gives an exponent, alone or in a
+/// list or object. `None` for all else.
+pub(crate) fn text(value: &Value) -> Option<String> {
+    if !differs(value, DEPTH_MAX) {
+        return None;
+    }
+    let mut out = String::new();
+    represent(value, DEPTH_MAX, &mut out);
+    Some(out)
+}
+
+fn number_differs(value: &Value) -> bool {
+    value.kind() == ValueKind::Number
+        && !value.is_integer()
+        && f64::try_from(value.clone()).is_ok_and(|number| number.is_finite() && float(number).contains('e'))
+}
+
+fn differs(value: &Value, depth: usize) -> bool {
+    match value.kind() {
+        ValueKind::Number => number_differs(value),
+        ValueKind::Seq if depth > 0 => {
+            value.try_iter().is_ok_and(|mut items| items.any(|item| differs(&item, depth - 1)))
+        }
+        ValueKind::Map if depth > 0 => value.try_iter().is_ok_and(|mut keys| {
+            keys.any(|key| differs(&key, 0) || value.get_item(&key).is_ok_and(|item| differs(&item, depth - 1)))
+        }),
+        _ => false,
+    }
+}
+
+fn represent(value: &Value, depth: usize, out: &mut String) {
+    let items = || value.try_iter().into_iter().flatten();
+    match value.kind() {
+        ValueKind::Number if number_differs(value) => {
+            out.push_str(&f64::try_from(value.clone()).map(float).unwrap_or_default());
+        }
+        ValueKind::Seq if depth > 0 => {
+            let (open, close) = if value.is_tuple() { ('(', ')') } else { ('[', ']') };
+            out.push(open);
+            for (at, item) in items().enumerate() {
+                out.push_str(if at > 0 { ", " } else { "" });
+                represent(&item, depth - 1, out);
+            }
+            out.push_str(if value.is_tuple() && value.len() == Some(1) { "," } else { "" });
+            out.push(close);
+        }
+        ValueKind::Map if depth > 0 => {
+            out.push('{');
+            for (at, key) in items().enumerate() {
+                out.push_str(if at > 0 { ", " } else { "" });
+                represent(&key, 0, out);
+                out.push_str(": ");
+                represent(&value.get_item(&key).unwrap_or_default(), depth - 1, out);
+            }
+            out.push('}');
+        }
+        // Texts in quotes, as in Python. Writing to a string cannot fail.
+        _ => {
+            let _ = write!(out, "{value:?}");
+        }
+    }
 }
 
 /// Python's `repr` of a float: the shortest digits that read back, with an exponent below 1e-4 and from 1e16 on.

@@ -196,6 +196,8 @@ fn files_of_messages_are_lists_or_objects() {
         (serde_json::json!([]), "empty"),
         (serde_json::json!(["x"]), "list of objects"),
         (serde_json::json!([{"content": "x"}]), "`messages[0]` has no `role`"),
+        (serde_json::json!([{"role": 5}]), "`messages[0].role` is 5"),
+        (serde_json::json!({"messages": [message], "tool": [{}]}), "`tool`: name it `tools`"),
         (serde_json::json!({"messages": [message], "tools": {}}), "`tools`"),
     ] {
         let error = read(wrong).unwrap_err();

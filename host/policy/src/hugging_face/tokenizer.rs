@@ -29,7 +29,10 @@ impl FolderTokenizer {
         }
         let json = std::fs::read_to_string(&path).map_err(PolicyError::io(&path))?;
         let wrong = |reason: String| PolicyError::model_file(&path, reason);
-        let mut tokenizer: Tokenizer = json.parse().map_err(|error| wrong(format!("{error}")))?;
+        let mut tokenizer: Tokenizer = json.parse().map_err(|error| {
+            let fix = "copy it again, or write it anew with transformers' `AutoTokenizer` and `save_pretrained`";
+            wrong(format!("it is not a tokenizer: {error}; {fix}"))
+        })?;
         // Both may be stored from training and would cut or fill prompts.
         tokenizer.with_truncation(None).map_err(|error| wrong(format!("`truncation`: {error}")))?;
         tokenizer.with_padding(None);
@@ -104,6 +107,10 @@ fn add_missing(tokenizer: &mut Tokenizer, path: &Path) -> Result<(), PolicyError
     let text = std::fs::read(path).map_err(PolicyError::io(path))?;
     let wrong = |reason: String| PolicyError::model_file(path, reason);
     let config: Value = serde_json::from_slice(&text).map_err(|error| wrong(format!("it is not JSON: {error}")))?;
+    if field(&config, "split_special_tokens").as_bool() == Some(true) {
+        let reason = "`split_special_tokens` is true: supported are tokenizers that find special tokens in a text";
+        return Err(wrong(format!("{reason}; set it to false")));
+    }
     let mut added = Vec::new();
     for (id, token) in field(&config, "added_tokens_decoder").as_object().into_iter().flatten() {
         let number = id.parse::<u32>().map_err(|_| wrong(format!("`added_tokens_decoder` has the id `{id}`")))?;

@@ -108,6 +108,9 @@ impl Weights {
         let text = std::fs::read(path).map_err(PolicyError::io(path))?;
         let wrong = |reason: String| PolicyError::model_file(path, reason);
         let index: Index = serde_json::from_slice(&text).map_err(|error| wrong(format!("`weight_map`: {error}")))?;
+        if index.weight_map.is_empty() {
+            return Err(wrong("`weight_map` is empty: it must name the file of every tensor".to_owned()));
+        }
         let names: BTreeSet<&String> = index.weight_map.values().collect();
         let mut shards = Vec::new();
         let mut place = BTreeMap::new();
@@ -162,6 +165,20 @@ impl Weights {
         Ok(())
     }
 
+    /// Whether there is an output projection of the right size whose values are not the embedding's.
+    pub(crate) fn has_own_head(&self, shape: &ModelShape) -> Result<bool, PolicyError> {
+        const TIED: [&str; 2] = ["model.embed_tokens.weight", "lm_head.weight"];
+        let [Some(embedding), Some(head)] = TIED.map(|name| self.find(name)) else { return Ok(false) };
+        if [embedding.1, head.1].iter().any(|info| info.shape != [shape.vocabulary, shape.d_model]) {
+            return Ok(false);
+        }
+        if embedding.1.dtype == head.1.dtype {
+            return Ok(embedding.0.bytes(embedding.1) != head.0.bytes(head.1));
+        }
+        let [embedding, head] = TIED.map(|name| self.read(name));
+        Ok(embedding? != head?)
+    }
+
     /// Name and sizes of every tensor.
     pub(crate) fn sizes(&self) -> BTreeMap<String, Vec<usize>> {
         let sizes = |name: &String| Some((name.clone(), self.find(name)?.1.shape.clone()));
@@ -175,6 +192,11 @@ impl Weights {
             [first, ..] => first.path.parent().unwrap_or(&first.path),
             [] => Path::new(""),
         }
+    }
+
+    /// The file that holds a tensor.
+    pub(crate) fn file_of(&self, name: &str) -> &Path {
+        self.find(name).map_or_else(|| self.path(), |(shard, _)| &shard.path)
     }
 
     /// Types found, with the bytes of each.
@@ -263,6 +285,23 @@ mod tests {
     }
 
     #[test]
+    fn a_head_is_ones_own_when_its_values_are() {
+        let shape = crate::PolicyConfig::default().shape(1).unwrap();
+        let shape = ModelShape { d_model: 2, ..shape };
+        let dir = tempfile::tempdir().unwrap();
+        let own = |head: (Dtype, &[usize], Vec<u8>)| {
+            let embedding = ("model.embed_tokens.weight", Dtype::F32, [1, 2].as_slice(), f32s(&[1.0, -2.0]));
+            write(&dir.path().join(SINGLE), &[embedding, ("lm_head.weight", head.0, head.1, head.2)]);
+            Weights::open(dir.path()).unwrap().has_own_head(&shape).unwrap()
+        };
+        assert!(!own((Dtype::F32, &[1, 2], f32s(&[1.0, -2.0]))));
+        assert!(own((Dtype::F32, &[1, 2], f32s(&[1.0, -2.5]))));
+        assert!(!own((Dtype::BF16, &[1, 2], vec![0x80, 0x3f, 0x00, 0xc0])), "the same values in another type");
+        assert!(own((Dtype::BF16, &[1, 2], vec![0x80, 0x3f, 0x01, 0xc0])));
+        assert!(!own((Dtype::F32, &[2, 1], f32s(&[1.0, -2.5]))), "of another size: not this model's");
+    }
+
+    #[test]
     fn what_does_not_fit_names_file_and_tensor() {
         let shape = crate::PolicyConfig { d_ff: Some(16), ..crate::PolicyConfig::default() }.shape(300).unwrap();
         let dir = tempfile::tempdir().unwrap();
@@ -328,7 +367,9 @@ mod tests {
             index(serde_json::json!({"a": outside}));
             refused(&[outside, "same folder"]);
         }
-        std::fs::write(path(INDEX), "{}").unwrap();
-        refused(&[INDEX, "weight_map"]);
+        for empty in ["{}", r#"{"weight_map": {}}"#] {
+            std::fs::write(path(INDEX), empty).unwrap();
+            refused(&[INDEX, "weight_map"]);
+        }
     }
 }
