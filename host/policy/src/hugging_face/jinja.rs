@@ -109,6 +109,7 @@ fn length(value: &Value) -> Result<usize, Error> {
 }
 
 /// A text that is no number is the default, which is 0.
+#[expect(clippy::needless_pass_by_value, reason = "filters are called with their options by value")]
 fn int(
     state: &State<'_, '_>,
     value: &Value,

@@ -2,8 +2,8 @@
 
 use std::sync::LazyLock;
 
-use minijinja::value::{Kwargs, Tuple, ValueKind, from_args};
-use minijinja::{Error, ErrorKind, State, Value};
+use minijinja::value::{DynObject, Kwargs, Tuple, ValueKind, from_args};
+use minijinja::{Error, State, Value};
 use minijinja_contrib::pycompat::unknown_method_callback;
 use regex::Regex;
 
@@ -42,7 +42,7 @@ fn of_text(
         "rsplit" => {
             let (separator, count) = split_arguments(args)?;
             match usize::try_from(count) {
-                Ok(count) => rsplit(text, separator.as_deref(), count)?,
+                Ok(count) => rsplit(text, separator.as_deref(), count),
                 // Without a bound the side does not matter.
                 Err(_) => unknown_method_callback(state, value, "split", &[separator.into()])?,
             }
@@ -145,26 +145,24 @@ fn split_arguments(args: &[Value]) -> Result<(Option<String>, i64), Error> {
     Ok((separator, count.unwrap_or(-1)))
 }
 
-fn rsplit(text: &str, separator: Option<&str>, count: usize) -> Result<Value, Error> {
+fn rsplit(text: &str, separator: Option<&str>, count: usize) -> Value {
     let mut parts: Vec<&str> = Vec::new();
-    match separator {
-        Some(separator) => parts.extend(text.rsplitn(count.saturating_add(1), separator)),
-        None => {
-            let mut rest = text.trim_end();
-            while !rest.is_empty() && parts.len() < count {
-                let start = rest.char_indices().rev().find(|(_, c)| c.is_whitespace());
-                let start = start.map_or(0, |(at, c)| at + c.len_utf8());
-                let (before, word) =
-                    rest.split_at_checked(start).ok_or_else(|| Error::from(ErrorKind::BadSerialization))?;
-                parts.push(word);
-                rest = before.trim_end();
-            }
-            if !rest.is_empty() {
-                parts.push(rest);
-            }
+    if let Some(separator) = separator {
+        parts.extend(text.rsplitn(count.saturating_add(1), separator));
+    } else {
+        let mut rest = text.trim_end();
+        while !rest.is_empty() && parts.len() < count {
+            let space = rest.char_indices().rev().find(|(_, c)| c.is_whitespace());
+            let start = space.map_or(0, |(at, c)| at + c.len_utf8());
+            let (before, word) = rest.split_at_checked(start).unwrap_or(("", rest));
+            parts.push(word);
+            rest = before.trim_end();
+        }
+        if !rest.is_empty() {
+            parts.push(rest);
         }
     }
-    Ok(parts.into_iter().rev().map(Value::from).collect())
+    parts.into_iter().rev().map(Value::from).collect()
 }
 
 /// A text with at most `count` places of `old` replaced; all where `count` is absent or negative.
@@ -182,9 +180,9 @@ fn title(text: &str) -> String {
     let mut in_word = false;
     for c in text.chars() {
         if in_word {
-            written.extend(c.to_lowercase())
+            written.extend(c.to_lowercase());
         } else {
-            written.extend(c.to_uppercase())
+            written.extend(c.to_uppercase());
         }
         in_word = c.is_lowercase() || c.is_uppercase();
     }
@@ -225,7 +223,7 @@ pub(super) fn check_format(format: &str, values: &[Value]) -> Result<(), Error> 
         // Those that are given by name come as one object.
         let inner = |value: &Value| match value.kind() {
             ValueKind::Map => {
-                let pairs = value.as_object().and_then(|object| object.try_iter_pairs());
+                let pairs = value.as_object().and_then(DynObject::try_iter_pairs);
                 pairs.into_iter().flatten().map(|(_, value)| value).collect()
             }
             _ => vec![value.clone()],
