@@ -67,7 +67,11 @@ fn a_metric_that_nobody_can_write_is_refused_and_one_that_nobody_wrote_is_told()
     let refused = refused.run(&["train", "run.toml", "--run", "run"]);
     assert_eq!(refused.code, 2);
     assert!(refused.stderr.contains("`alarm[0].metric`"), "{}", refused.stderr);
-    assert!(refused.stderr.contains("reward/DIMENSION, clip_fraction"), "{}", refused.stderr);
+    assert!(
+        refused.stderr.contains("reward/DIMENSION, MODEL/NAME of a model beside the policy, clip_fraction"),
+        "{}",
+        refused.stderr
+    );
 
     let quiet =
         bench("[[alarm]]\nmetric = \"no_such_metric\"\nbelow = 1.0\n[[alarm]]\nmetric = \"loss\"\nabove = 1e9\n");

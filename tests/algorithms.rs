@@ -121,7 +121,7 @@ fn a_plugin_says_which_key_is_wrong() {
     for (config, says) in [
         ("variant = \"dr-grpo\"", "{ constant = LENGTH }"),
         ("clip_hihg = 0.3", "clip_hihg"),
-        ("kl_coefficient = 0.1\nkl_placement = \"reward\"\nkl_estimator = \"unbiased-k3\"", "kl_estimator"),
+        ("correction = \"tis\"", "correction"),
     ] {
         let bench = Bench::with_items(40, 40, 8);
         bench.replace("group_size = 4", &format!("group_size = 4\n{config}"));

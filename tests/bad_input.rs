@@ -18,7 +18,7 @@ fn config_mistakes_name_the_place_and_the_fix() {
             2,
             vec!["evaluation.dataset", "`room`", "rooms"],
         ),
-        ("group_size = 4", "group_sise = 4", 1, vec!["grpo", "group_sise"]),
+        ("group_size = 4", "group_sise = 4", 2, vec!["grpo", "group_sise"]),
         ("vocab_size = 384", "vocab_size = \"many\"", 2, vec!["run.toml", "vocab_size"]),
         ("train = \"train.jsonl\"", "train = \"no.jsonl\"", 2, vec!["dataset.rooms.train", "no.jsonl"]),
         (
