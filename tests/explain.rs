@@ -7,20 +7,11 @@
 mod support;
 
 use serde_json::Value;
-use support::Bench;
+use support::{Bench, DIFFERS};
 
 /// An agent that asks in two roles: for itself, two questions at once, the second of which is another prompt; and as
 /// `planner`, until the context is full.
 const TWO_ROLES: &str = r#""chat","start","start",{"finish":0},{"finish":0},{"chat-with":1.0}"#;
-/// A reward of each answer that differs from rollout to rollout, so that there is something to learn.
-const DIFFERS: &str = r#"
-[[reward.term]]
-kind = "format"
-pattern = '[0-9R]'
-per = "call"
-sum_into = "reward"
-"#;
-
 fn explain(bench: &Bench, rollout: &str) -> Value {
     bench.succeed(&["explain", rollout, "--run", "run", "--output", "json"]).json()
 }

@@ -5,7 +5,7 @@
 #[path = "support.rs"]
 mod support;
 
-use support::{Bench, component, root};
+use support::{Bench, DIFFERS, component, root};
 
 #[test]
 fn new_plugins_compile_and_say_what_they_are() {
@@ -46,16 +46,16 @@ fn the_algorithm_of_the_guide_is_the_one_that_is_written_and_it_trains() {
     let built = build.env("CARGO_TARGET_DIR", root().join("target/new-plugins")).output().unwrap();
     assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
     let component = String::from_utf8(built.stdout).unwrap();
+    let bench = Bench::programmed(&[(r#""chat""#, "{}"); 4], "", DIFFERS);
     let config = bench.read("run.toml");
-    let (head, rest) = config.split_once("[[stage]]\nname = \"grpo\"").unwrap();
-    let (_, tail) = rest.split_once("[[baseline]]").unwrap();
+    let (head, _) = config.split_once("[[stage]]").unwrap();
     let stage = format!(
-        "[[stage]]\nname = \"mine\"\nalgorithm = \"{}\"\ndataset = \"rooms\"\n[stage.config]\nsteps = 2\nrollouts_per_step = 8\n\n",
+        "[[stage]]\nname = \"mine\"\nalgorithm = \"{}\"\ndataset = \"items\"\n[stage.config]\nsteps = 2\nrollouts_per_step = 8\n",
         component.trim()
     );
-    bench.write("run.toml", &format!("{head}{stage}[[baseline]]{tail}"));
+    bench.write("run.toml", &format!("{head}{stage}"));
     let result = bench.succeed(&["train", "run.toml", "--run", "a", "--output", "json"]).json();
-    assert_eq!((&result["stages"][1]["steps"], &result["stages"][1]["rollouts"]), (&2.into(), &16.into()));
+    assert_eq!((&result["stages"][0]["steps"], &result["stages"][0]["rollouts"]), (&2.into(), &16.into()));
     let rows = bench.read("a/metrics.jsonl");
     let rows: Vec<serde_json::Value> = rows.lines().map(|row| serde_json::from_str(row).unwrap()).collect();
     let mine: Vec<_> = rows.iter().filter(|row| row["stage"] == "mine").map(|row| &row["scalars"]).collect();

@@ -16,6 +16,15 @@ pub(crate) struct Bench {
     folder: TempDir,
 }
 
+/// A reward of each answer that differs from rollout to rollout, so that there is something to learn.
+pub(crate) const DIFFERS: &str = r#"
+[[reward.term]]
+kind = "format"
+pattern = '[0-9R]'
+per = "call"
+sum_into = "reward"
+"#;
+
 impl Bench {
     /// A config that trains for a few small steps.
     pub(crate) fn new() -> Self {

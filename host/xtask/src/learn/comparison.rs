@@ -187,7 +187,7 @@ mod tests {
         change(&mut config, 250);
         let found = config["control"].as_array().unwrap();
         let of = |key: &str| found.iter().map(|one| one["config"][key].as_integer()).collect::<Vec<_>>();
-        assert_eq!(of("group_size"), [Some(8), Some(8), Some(8), Some(4)]);
+        assert_eq!(of("group_size"), [Some(8), Some(8), Some(1), Some(4)]);
         assert!(of("steps").iter().all(|steps| *steps == Some(STEPS)));
         assert!(found.iter().all(|one| one["sampled_tokens_max"].as_integer() == Some(250)));
         assert!(found.iter().all(|one| one["config"]["learning_rate"].as_float() == Some(2e-4)));

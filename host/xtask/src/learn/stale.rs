@@ -101,7 +101,7 @@ fn row(stale: &Stale, seed: u64, trained: &Trained, promises: &mut Promises) -> 
         shown(held_out("sft"), 3),
         shown(held_out(name), 3),
         shown(most("staleness_max").or(Some(0.0)), 0),
-        shown(mean("mismatch_mean"), 3),
+        shown(mean("host/mismatch_mean"), 3),
         shown(most("ratio_max"), 1),
         shown(mean("masked_share").map(|share| share * 100.0), 1)
             + if most("masked_share").is_some() { " %" } else { "" },
