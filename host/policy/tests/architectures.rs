@@ -2,18 +2,21 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
+mod support;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use fulgurite_core::id::{AttemptKey, AttemptNumber, PolicyVersion, RolloutId};
-use fulgurite_core::llm::{ChatRequest, Completion, KeptTokens, LlmSession, Message, Role, Sampling, SessionInfo};
+use fulgurite_core::llm::{ChatRequest, Completion, LlmSession, Message, Role, Sampling, SessionInfo};
 use fulgurite_core::seed::{Generator, Seed};
-use fulgurite_core::training::{LossSpec, OptimiserStep, Stream, TrainingRow};
+use fulgurite_core::training::{LossSpec, OptimiserStep, TrainingRow};
 use fulgurite_policy::{
     Architecture, Inference, ModelShape, PolicyConfig, PolicyDevice, PolicyEngine, PolicyTokenizer, RopeScaling,
     TokenizerConfig,
 };
 use futures::future::try_join_all;
+use support::row;
 
 fn tokenizer() -> PolicyTokenizer {
     let corpus = (0..60).map(|i| format!("Find a room for {} people at {}:00.", i % 20, i % 24));
@@ -120,27 +123,6 @@ fn request(messages: Vec<Message>) -> Arc<ChatRequest> {
     Arc::new(ChatRequest { messages, tools: vec![], sampling, agent_role: "agent".into(), endpoint: None })
 }
 
-fn row(sequence: u32, completion: &Completion) -> TrainingRow {
-    let tokens = completion.tokens.clone().unwrap();
-    let before = tokens.prompt_ids.len();
-    let ids = [tokens.prompt_ids, tokens.completion_ids].concat();
-    let mask: Vec<bool> = (0..ids.len()).map(|at| at >= before).collect();
-    TrainingRow {
-        sequence,
-        weights: mask.iter().map(|on| f32::from(u8::from(*on))).collect(),
-        behaviour_log_probs: [vec![0.0; before], tokens.log_probs].concat(),
-        old_log_probs: vec![],
-        calls: vec![],
-        group: None,
-        ids,
-        mask,
-        stream: Stream::Rl,
-        temperature: 1.0,
-        policy_version: tokens.policy_version,
-        kept: KeptTokens::default(),
-    }
-}
-
 /// Both turns of one rollout: the second prompt begins with the first prompt and its completion.
 async fn rollout(engine: &PolicyEngine, index: u64) -> Vec<Arc<Completion>> {
     let session = open(engine, index);
@@ -170,7 +152,7 @@ async fn what_is_sampled_is_what_is_trained() {
             }));
             let all = all.await.unwrap();
             assert_eq!(alone, all[3], "alone and among others");
-            let rows: Vec<TrainingRow> = (0..).zip(all.iter().flatten()).map(|(i, c)| row(i, c)).collect();
+            let rows: Vec<TrainingRow> = (0..).zip(all.iter().flatten()).map(|(i, c)| row(i, c, 1.0)).collect();
             let report = engine.forward_backward(rows, LossSpec::default()).await.unwrap();
             assert!(report.trained_tokens > 300, "{report:?}");
             if device == PolicyDevice::Cpu {
@@ -187,7 +169,7 @@ async fn checkpoints_of_every_architecture_go_on_bit_by_bit() {
     let step = OptimiserStep { learning_rate: 1e-3, weight_decay: 0.1, gradient_norm_max: Some(1.0) };
     for shape in shapes() {
         let engine = engine(&shape, PolicyDevice::Cpu);
-        let rows: Vec<TrainingRow> = (0..).zip(&rollout(&engine, 1).await).map(|(i, c)| row(i, c)).collect();
+        let rows: Vec<TrainingRow> = (0..).zip(&rollout(&engine, 1).await).map(|(i, c)| row(i, c, 1.0)).collect();
         let before = engine.weights_hash();
         engine.forward_backward(rows.clone(), LossSpec::default()).await.unwrap();
         engine.optimiser_step(step.clone()).await.unwrap();

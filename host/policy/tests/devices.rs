@@ -3,26 +3,21 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
+mod support;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use fulgurite_core::id::{AttemptKey, AttemptNumber, PolicyVersion, RolloutId};
-use fulgurite_core::llm::{ChatRequest, Completion, KeptTokens, LlmSession, Message, Role, Sampling, SessionInfo};
+use fulgurite_core::id::PolicyVersion;
+use fulgurite_core::llm::{ChatRequest, Completion, Message, Role, Sampling};
 use fulgurite_core::seed::Seed;
 use fulgurite_core::training::{LossSpec, OptimiserStep, Stream, TrainingRow};
 use fulgurite_policy::{
-    DevicePrecision, Inference, LoraConfig, ModelShape, PolicyConfig, PolicyDevice, PolicyEngine, PolicyTokenizer,
-    RopeScaling, TokenizerConfig,
+    DevicePrecision, Inference, LoraConfig, ModelShape, PolicyConfig, PolicyDevice, PolicyEngine, RopeScaling,
 };
 use futures::future::{maybe_done, try_join_all};
 use futures::poll;
-
-fn tokenizer() -> PolicyTokenizer {
-    let corpus =
-        (0..60).map(|i| format!("Find a room for {} people at {}:00. R{:02} is free.", i % 20, i % 24, i % 12));
-    let config = TokenizerConfig { vocab_size: 400, atoms_pattern: Some(r"R\d{2}|\d{1,2}".into()) };
-    PolicyTokenizer::train(corpus, &config).unwrap()
-}
+use support::{open, row, tokenizer};
 
 /// A small model with grouped keys, larger initial weights than the default, and room for prompts of many blocks.
 fn config(device: PolicyDevice) -> PolicyConfig {
@@ -49,13 +44,6 @@ fn engine(config: &PolicyConfig) -> PolicyEngine {
     PolicyEngine::create(config, tokenizer(), Seed::new(5)).unwrap()
 }
 
-fn open(engine: &PolicyEngine, index: u64) -> Box<dyn LlmSession> {
-    let rollout = RolloutId::derived("test", 0, index).unwrap();
-    let attempt = AttemptKey { rollout, attempt: AttemptNumber::FIRST };
-    let (seed, sampling) = (Seed::new(77).child_index(index), Sampling::default());
-    engine.backend().open(SessionInfo { attempt, item_id: "item".into(), seed, sampling, history: vec![] })
-}
-
 fn request(messages: Vec<Message>, max_tokens: u32) -> Arc<ChatRequest> {
     let sampling = Sampling { max_tokens, ..Sampling::default() };
     Arc::new(ChatRequest { messages, tools: vec![], sampling, agent_role: "agent".into(), endpoint: None })
@@ -75,28 +63,6 @@ async fn sample(engine: &PolicyEngine, indices: &[u64], max_tokens: u32) -> Vec<
     let sessions: Vec<_> = indices.iter().map(|index| (*index, open(engine, *index))).collect();
     let calls = sessions.iter().map(|(index, session)| session.chat(0, request(conversation(*index), max_tokens)));
     try_join_all(calls).await.unwrap().into_iter().map(Arc::unwrap_or_clone).collect()
-}
-
-/// The row that a completion makes.
-fn row(sequence: u32, completion: &Completion, weight: f32) -> TrainingRow {
-    let tokens = completion.tokens.clone().unwrap();
-    let before = tokens.prompt_ids.len();
-    let ids = [tokens.prompt_ids, tokens.completion_ids].concat();
-    let mask: Vec<bool> = (0..ids.len()).map(|at| at >= before).collect();
-    TrainingRow {
-        sequence,
-        weights: mask.iter().map(|on| if *on { weight } else { 0.0 }).collect(),
-        behaviour_log_probs: [vec![0.0; before], tokens.log_probs].concat(),
-        old_log_probs: vec![],
-        calls: vec![],
-        group: None,
-        ids,
-        mask,
-        stream: Stream::Rl,
-        temperature: 1.0,
-        policy_version: tokens.policy_version,
-        kept: KeptTokens::default(),
-    }
 }
 
 fn step() -> OptimiserStep {

@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
+mod support;
+
 use std::collections::BTreeSet;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -16,16 +18,10 @@ use fulgurite_core::training::{
     Aggregation, Correction, CorrectionRule, KlEstimator, KlTerm, LossSpec, OptimiserStep, RatioLevel, Stream,
     TrainingRow,
 };
-use fulgurite_policy::{PolicyConfig, PolicyDevice, PolicyEngine, PolicyError, PolicyTokenizer, TokenizerConfig};
+use fulgurite_policy::{PolicyConfig, PolicyDevice, PolicyEngine, PolicyError};
 use futures::future::{maybe_done, try_join_all};
 use futures::poll;
-
-fn tokenizer() -> PolicyTokenizer {
-    let corpus =
-        (0..60).map(|i| format!("Find a room for {} people at {}:00. R{:02} is free.", i % 20, i % 24, i % 12));
-    let config = TokenizerConfig { vocab_size: 400, atoms_pattern: Some(r"R\d{2}|\d{1,2}".into()) };
-    PolicyTokenizer::train(corpus, &config).unwrap()
-}
+use support::{row, tokenizer};
 
 /// Larger initial weights than the default: distributions are then peaked enough to show differences.
 fn config() -> PolicyConfig {
@@ -61,28 +57,6 @@ fn up_to(max_tokens: u32) -> Sampling {
 fn prompt(index: u64) -> Vec<Message> {
     let text = format!("Find a room for {index} people{}", " at 10:00".repeat(usize::try_from(index % 4).unwrap()));
     vec![Message::text(Role::User, text)]
-}
-
-/// The row that a completion makes.
-fn row(sequence: u32, completion: &Completion, weight: f32) -> TrainingRow {
-    let tokens = completion.tokens.clone().unwrap();
-    let before = tokens.prompt_ids.len();
-    let ids = [tokens.prompt_ids, tokens.completion_ids].concat();
-    let mask: Vec<bool> = (0..ids.len()).map(|at| at >= before).collect();
-    TrainingRow {
-        sequence,
-        weights: mask.iter().map(|on| if *on { weight } else { 0.0 }).collect(),
-        behaviour_log_probs: [vec![0.0; before], tokens.log_probs].concat(),
-        old_log_probs: vec![],
-        calls: vec![],
-        group: None,
-        ids,
-        mask,
-        stream: Stream::Rl,
-        temperature: 1.0,
-        policy_version: tokens.policy_version,
-        kept: KeptTokens::default(),
-    }
 }
 
 fn step(learning_rate: f64) -> OptimiserStep {

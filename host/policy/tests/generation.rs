@@ -2,23 +2,17 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
+mod support;
+
 use std::sync::Arc;
 
-use fulgurite_core::id::{AttemptKey, AttemptNumber, RolloutId};
 use fulgurite_core::llm::{
-    ChatRequest, Completion, Constraint, FinishReason, LlmError, LlmSession, Message, NotTrainable, Role, Sampling,
-    SessionInfo, TokenBias,
+    ChatRequest, Completion, Constraint, FinishReason, LlmError, Message, NotTrainable, Role, Sampling, TokenBias,
 };
 use fulgurite_core::seed::Seed;
-use fulgurite_policy::{PolicyConfig, PolicyEngine, PolicyTokenizer, TokenizerConfig};
+use fulgurite_policy::{PolicyConfig, PolicyEngine};
 use futures::future::try_join_all;
-
-fn tokenizer() -> PolicyTokenizer {
-    let corpus =
-        (0..60).map(|i| format!("Find a room for {} people at {}:00. R{:02} is free.", i % 20, i % 24, i % 12));
-    let config = TokenizerConfig { vocab_size: 400, atoms_pattern: Some(r"R\d{2}|\d{1,2}".into()) };
-    PolicyTokenizer::train(corpus, &config).unwrap()
-}
+use support::{open, tokenizer};
 
 /// Larger initial weights than the default: distributions are then peaked enough to show differences.
 fn config() -> PolicyConfig {
@@ -27,13 +21,6 @@ fn config() -> PolicyConfig {
 
 fn engine_with(config: &PolicyConfig) -> PolicyEngine {
     PolicyEngine::create(config, tokenizer(), Seed::new(5)).unwrap()
-}
-
-fn open(engine: &PolicyEngine, index: u64) -> Box<dyn LlmSession> {
-    let rollout = RolloutId::derived("test", 0, index).unwrap();
-    let attempt = AttemptKey { rollout, attempt: AttemptNumber::FIRST };
-    let (seed, sampling) = (Seed::new(77).child_index(index), Sampling::default());
-    engine.backend().open(SessionInfo { attempt, item_id: "item".into(), seed, sampling, history: vec![] })
 }
 
 fn request(messages: Vec<Message>, sampling: Sampling) -> Arc<ChatRequest> {
